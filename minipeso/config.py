@@ -1,0 +1,233 @@
+"""Every number that can change a result, with its source, and the command line made from it.
+
+    defaults  <  --recipe  <  --base  <  --dataset  <  flags        (later ones win)
+
+Nothing below floor 2 imports this file: the mathematics takes plain numbers.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+CHOICES = {
+    "recipe": ("paper", "release"), "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"),
+    "split": ("natural", "user-disjoint"), "prompt": ("short", "paper", "release"), "groups": ("module", "matrix"),
+    "reduction": ("sum", "mean"), "first_trains": ("rows", "tables", "adapter"),
+    "later_trains": ("rows", "tables", "adapter"), "hit": ("item", "id"),
+}
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done: exit code 2. Three lines: what, found, what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    # what to run
+    dataset: str = "demo"  # a name of DATASETS, or a folder: reviews + meta, or the authors' release
+    base: str = "tiny"  # tiny, small: from scratch; or a folder with a Llama checkpoint, or its Hub name
+    method: str = "peso"  # a row of continual.METHODS
+    compare: str = "pretrain,single"  # further methods on the same stages and the same D1 model
+    recipe: str = "paper"  # where paper and released code differ: see RECIPES
+    lam: float = 2.0  # lambda of Eq. 12; Section 5.1: searched in 0.5..8, 2 for Instruments, 5 for the others
+    proximal: str = "method"  # kl, l2, rank-kl, orthogonal, none; or what the method says (peso: kl)
+    seed: int = 0  # of everything random
+    users: int = 0  # a seeded subset of the users; 0: all
+    out: str = ""  # run folder; default runs/<dataset>-<base>-<method>-s<seed>
+    device: str = "auto"  # cuda if there is one
+    dtype: str = "auto"  # of the frozen weights: float32 on cpu, bfloat16 on cuda; adapters are float32
+    # stages: who is trained on what, when
+    split: str = "natural"  # Section 3: by time, or the pseudo user-disjoint split
+    years: str = ""  # first-last, inclusive; App. C.1: 2019-2023, Books 2022-2023; empty: all
+    first: float = 0.6  # App. C.1: the share of D1
+    stages: int = 5  # App. C.1
+    min_events: int = 5  # App. C.1: per user and stage. Release: in D1 too
+    window: int = 20  # App. C.1: items of history
+    # semantic IDs
+    levels: int = 4  # App. D
+    codes: int = 256  # Release: codes per level
+    latent: int = 32  # Release: width of the codebooks
+    rqvae_hidden: tuple[int, ...] = (2048, 1024, 512, 256, 128, 64)  # Release
+    rqvae_epochs: int = 5000  # Release: 20000; its author says the number hardly matters
+    rqvae_lr: float = 1e-3  # Release
+    text_width: int = 0  # title vectors without a language model (embed.py); 0: Llama's hidden states
+    # the prompt
+    prompt: str = "paper"  # Appendix D; release: its own sentence; short: <bos> items, without a sentence
+    learn_end: bool = False  # Release: <|end_of_text|> is part of the answer. Eq. 2: the item alone
+    temperature: float = 1.0  # of the training logits; Release: 0.8
+    # a base trained from scratch on D0, the stand-in for the pretrained LLM; 0 layers: a checkpoint
+    hidden: int = 0
+    layers: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    intermediate: int = 0
+    base_share: float = 0.5  # ours: D0 is the training pairs of this share of D1's users
+    base_epochs: int = 0
+    base_lr: float = 0.0
+    base_batch: int = 128
+    # the adapter and its training
+    rank: int = 8  # Release
+    alpha: float = 16.0  # Release
+    dropout: float = 0.05  # Release: on the adapter's input
+    first_trains: str = "rows"  # at D1, besides LoRA: rows of the new tokens. Release: tables (embedding, head)
+    later_trains: str = "adapter"  # at D2..: Assumption 1, LoRA alone. Release: tables
+    lr: float = 1e-3  # App. C.2. Release: 2e-4
+    later_lr: float = 0.1  # App. C.2: factor for D2.., best at 0.05-0.1. Release: 0.1, unannounced
+    epochs: int = 4  # Release; the epoch with the best validation loss is kept
+    batch: int = 32  # Release: 8 x 2 accumulated x 2 GPUs
+    warmup: float = 0.01  # Release: share of the steps; then a cosine to 0
+    weight_decay: float = 0.01  # Release: the Trainer's default
+    clip: float = 1.0  # Release: the Trainer's default, norm of the gradient
+    # the proximal term
+    groups: str = "module"  # Eq. 12: v^(g) is a module. Release: A and B are groups of their own
+    reduction: str = "sum"  # Eq. 12. Release: mean over modules, 112 times weaker at the 1B model
+    # evaluation
+    beams: int = 10  # Section 5.1
+    eval_batch: int = 64  # users searched at once; changes speed, not results
+    hit: str = "item"  # the item itself. Release: the ID, shared or not
+    # the demo's world (synthetic.py)
+    world_users: int = 2000
+    world_items: int = 600
+    world_alpha: float = 0.5  # Eq. 15: how much of a user's taste survives a stage
+    # what not to do
+    dry_run: bool = False  # print everything that would happen, then stop
+    explain: bool = False  # after training, walk one item through every step
+    debug: bool = False  # a traceback instead of the three-line message
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods of the run, the one of --method last."""
+        return [name for name in dict.fromkeys(self.compare.split(",")) if name not in ("", self.method)] + [self.method]
+
+
+RECIPES = {
+    "paper": {},
+    "release": dict(groups="matrix", reduction="mean", first_trains="tables", later_trains="tables",
+                    lr=2e-4, prompt="release", learn_end=True, temperature=0.8, hit="id"),
+}
+_SCRATCH = dict(prompt="short", learn_end=False, text_width=128, rqvae_hidden=(256, 128), rqvae_epochs=100)
+BASES = {
+    "tiny": _SCRATCH | dict(hidden=128, layers=4, heads=4, kv_heads=2, intermediate=384, base_epochs=8, base_lr=3e-3),
+    "small": _SCRATCH | dict(hidden=512, layers=8, heads=8, kv_heads=4, intermediate=1536, base_epochs=8, base_lr=1e-3),
+}
+_AMAZON = dict(base="meta-llama/Llama-3.2-1B", years="2019-2023")
+DATASETS = {  # name -> what Section 5.1 and App. C.1 say of it
+    "demo": dict(codes=32, rqvae_epochs=60),
+    "instruments": _AMAZON | dict(lam=2.0),
+    "movies": _AMAZON | dict(lam=5.0),
+    "books": _AMAZON | dict(lam=5.0, years="2022-2023"),
+}
+CATEGORIES = {"instruments": "Musical_Instruments", "movies": "Movies_and_TV", "books": "Books"}
+ACTIONS = ("dry_run", "explain", "debug")  # change what is printed, not what is computed
+
+
+def resolve(flags: dict) -> Config:
+    """The Config of these explicit settings, the presets of recipe, base and dataset filled in."""
+    settings = dict(DATASETS.get(flags.get("dataset", Config.dataset), {}))
+    base = flags.get("base", settings.get("base", Config.base))
+    recipe = flags.get("recipe", Config.recipe)
+    if recipe not in RECIPES:
+        raise UsageError(unknown("recipe", recipe, RECIPES))
+    cfg = Config(**(RECIPES[recipe] | BASES.get(base, {}) | settings | {"base": base} | flags))
+    _check(cfg)
+    name = cfg.dataset.rstrip("/").split("/")[-1]
+    out = cfg.out or f"runs/{name}-{base.rstrip('/').split('/')[-1]}-{cfg.method}-s{cfg.seed}"
+    return dataclasses.replace(cfg, out=out)
+
+
+def from_args(argv: list[str] | None = None, description: str = "") -> Config:
+    """Parses the command line; every field of Config is a flag (`lam` is --lambda)."""
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     allow_abbrev=False)
+    types, notes = typing.get_type_hints(Config), field_notes()
+    for field in dataclasses.fields(Config):
+        flag = "--" + ("lambda" if field.name == "lam" else field.name.replace("_", "-"))
+        shown = f"{notes[field.name]} [{field.default}]".replace("%", "%%")
+        if types[field.name] is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        else:
+            how = dict(type=_reader(types[field.name]), metavar=field.name.upper())
+        parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=shown, **how)
+    return resolve(vars(parser.parse_args(argv)))
+
+
+def field_notes() -> dict[str, str]:
+    """The trailing comment of every field of Config: its meaning and source, once, where it is set."""
+    notes = {}
+    for line in inspect.getsource(Config).splitlines():
+        code, _, note = line.partition("#")
+        name = code.partition(":")[0].strip()
+        if name in Config.__dataclass_fields__:
+            notes[name] = note.strip()
+    return notes
+
+
+def changed(cfg: Config) -> dict:
+    """The fields that differ from the dataclass's defaults."""
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
+
+
+def _reader(kind):
+    if kind in (int, float, str):
+        return kind
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split(","))
+    return numbers
+
+
+def _check(cfg: Config) -> None:
+    for name, allowed in CHOICES.items():
+        if getattr(cfg, name) not in allowed:
+            raise UsageError(unknown(name, getattr(cfg, name), allowed))
+    least = dict(lam=0, users=0, stages=2, min_events=3, window=1, levels=1, codes=2, rank=1, epochs=1, batch=1,
+                 beams=1, eval_batch=1, temperature=1e-6, base_share=1e-6, dropout=0, warmup=0, clip=1e-9)
+    for name, low in least.items():
+        value = getattr(cfg, name)
+        if not low <= value < float("inf"):  # a nan fails too
+            flag = "lambda" if name == "lam" else name.replace("_", "-")
+            raise UsageError(f"--{flag} is out of range\nfound {value}\ngive a number >= {low:g}")
+
+
+def unknown(name: str, value, allowed) -> str:
+    """The message for a value that is not among those allowed, with the nearest one."""
+    near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "choose one of them"
+    return f"unknown {name.replace('_', '-')}\nfound {value!r}; there are {', '.join(map(str, allowed))}\n{hint}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None):
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flags = [s for action in self._actions for s in action.option_strings]
+            near = difflib.get_close_matches(rest[0].split("=")[0], flags, n=1, cutoff=0.5)
+            self.error(f"unknown argument {rest[0]}" + (f": did you mean {near[0]}?" if near else ""))
+        return found
+
+    def error(self, message: str):
+        raise UsageError(f"cannot read the command line\n{message}\npython {self.prog} --help lists the flags")
+
+
+def run(main: Callable[[Config], None], description: str) -> None:
+    """main(config of the command line); what goes wrong becomes three lines and an exit code:
+    2 usage or data, 4 numbers, 5 environment, 130 Ctrl-C."""
+    debug = "--debug" in sys.argv
+    codes = ((FloatingPointError, 4), (FileNotFoundError, 2), (ValueError, 2), (torch.OutOfMemoryError, 5), (OSError, 5))
+    try:
+        main(from_args(None, description))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except tuple(kind for kind, _ in codes) as error:
+        if debug:
+            raise
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(next(code for kind, code in codes if isinstance(error, kind)))

@@ -1,0 +1,61 @@
+"""What a run says while it works: bars, metrics.jsonl, and how long each part took."""
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+EVERY = 10  # training steps between two lines of metrics.jsonl
+
+
+class Journal:
+    """journal(record) moves the bar of the record's stage; every tenth step, and each epoch's
+    validation, becomes a line of metrics.jsonl."""
+
+    def __init__(self, path: Path, name: str):
+        self.name, self.bar, self.rate = name, None, 0.0
+        self.file = open(path, "a", buffering=1)
+
+    def __call__(self, record: dict) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=record["steps"], desc=f"{self.name} D{record['stage']}", unit="step", leave=False)
+            self.began, self.tokens = time.perf_counter(), 0
+        if "valid_ce" in record:
+            if record["last"]:
+                self.bar.close()
+                self.bar = None
+        else:
+            self.bar.update(record["step"] - self.bar.n)
+            self.tokens += record["tokens"]
+            rate = self.tokens / (time.perf_counter() - self.began)
+            self.bar.set_postfix_str(f"ce {record['ce']:.3f}, prox {record['prox']:.1e}, prox/ce "
+                                     f"{record['prox_ce_ratio']:.1e}, lr {record['lr']:.1e}, {rate:,.0f} tok/s", False)
+        if "valid_ce" in record or record["step"] % EVERY == 1:
+            self.file.write(json.dumps({"name": self.name, **record}, allow_nan=False) + "\n")
+
+
+def counter(name: str, total: int, unit: str) -> Callable[[int], None]:
+    """A bar as a function of how many are done since the last call; gone when all are."""
+    bar = tqdm(total=total, desc=name, unit=unit, leave=False)
+
+    def advance(n: int) -> None:
+        bar.update(n)
+        if bar.n >= total:
+            bar.close()
+    return advance
+
+
+class Clock:
+    """clock(part) books the seconds since the last call on `part`."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now

@@ -1,0 +1,184 @@
+"""LoRA (Eq. 3) with the anchor that PESO needs: one adapter, and a frozen copy of its previous state.
+
+    W = W_0 + s B A        A (r, d_in)   B (d_out, r)   s = alpha / r
+
+A method of the cumulative family is a subclass that overrides two hooks: `delta(x)`, what the
+adapter adds to the layer's output, and `advance()`, what happens to it between two stages.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+# Release: all seven projections of every layer. Paper: "e.g. attention layers".
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(nn.Module):
+    """y = W_0 x + s B A dropout(x), with W_0 frozen (Eq. 3).
+
+    A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)) and B = 0, so that a new adapter changes nothing. A_prev and
+    B_prev are v_{t-1}, the state at the end of the previous stage. A and B stay float32 whatever
+    the layer's dtype: a step of 1e-5 is lost in bfloat16.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"LoRA needs rank >= 1, got {rank}")
+        d_out, d_in = linear.weight.shape
+        self.weight = linear.weight.requires_grad_(False)  # (d_out, d_in), under the checkpoint's name
+        self.scale, self.dropout = alpha / rank, nn.Dropout(dropout)
+        like = {"dtype": torch.float32, "device": linear.weight.device}
+        self.A = nn.Parameter(torch.empty(rank, d_in, **like))
+        self.B = nn.Parameter(torch.empty(d_out, rank, **like))
+        self.register_buffer("A_prev", torch.empty(rank, d_in, **like))
+        self.register_buffer("B_prev", torch.empty(d_out, rank, **like))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """A new adapter, anchored at itself."""
+        bound = 1 / math.sqrt(self.A.shape[1])  # = kaiming_uniform(a = sqrt(5)), as in loralib and peft
+        self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
+        self.B.zero_()
+        self.advance()
+
+    def delta(self, x: Tensor) -> Tensor:
+        """s B A dropout(x): (..., d_in) -> (..., d_out)."""
+        z = F.linear(self.dropout(x), self.A.to(x.dtype))  # (..., r)
+        return F.linear(z * self.scale, self.B.to(x.dtype))  # (..., d_out); s on the narrow side
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """The stage is over: its adapter becomes the anchor of the next one (v_{t-1} <- v_t)."""
+        self.A_prev.copy_(self.A)
+        self.B_prev.copy_(self.B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + self.delta(x)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W_0 + s B A, (d_out, d_in) in the layer's dtype."""
+        return (self.weight.float() + self.scale * self.B @ self.A).to(self.weight.dtype)
+
+
+def inject(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets=TARGETS,
+           adapter: type[LoRALinear] = LoRALinear, generator: torch.Generator | None = None) -> None:
+    """Puts an adapter around every nn.Linear whose last name is in `targets`, and freezes all else."""
+    model.requires_grad_(False)
+    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+             if name in targets and isinstance(child, nn.Linear)]
+    if not found:
+        raise ValueError(f"no linear layer is named any of {', '.join(targets)}")
+    for parent, name, linear in found:
+        layer = adapter(linear, rank, alpha, dropout)
+        layer.reset(generator)
+        setattr(parent, name, layer)
+
+
+def rewrap(model: nn.Module, adapter: type[LoRALinear]) -> None:
+    """Replaces every adapted layer by one of class `adapter` that continues from the same A and B."""
+    for name, old in list(adapters(model)):
+        new = adapter(old, len(old.A), old.scale * len(old.A), old.dropout.p)
+        with torch.no_grad():
+            new.A.copy_(old.A)
+            new.B.copy_(old.B)
+        new.advance()
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """(name, layer) of every adapted layer, in the model's order."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A and B of every adapted layer: the paper's v, before flattening."""
+    return [p for _, layer in adapters(model) for p in (layer.A, layer.B)]
+
+
+# -- the PEFT format: what transformers, peft and vLLM call an adapter ------------------------------
+
+PREFIX = "base_model.model."
+
+
+def save_peft(model: nn.Module, folder: str | Path, base: str = "") -> None:
+    """Writes adapter_model.safetensors and adapter_config.json as peft does (r, alpha, A, B).
+
+    Rows of new tokens go with it as peft's trainable tokens: the rows themselves, not differences.
+    A table that is trained whole (recipe `release`) goes as one of peft's modules_to_save.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = [layer for _, layer in adapters(model)]
+    tables = list(_tables(model))
+    tokens = [range(len(t.weight), len(t.weight) + len(t.rows)) for _, t in tables if t.rows is not None]
+    whole = [name.rpartition(".")[2] for name, t in tables if t.weight.requires_grad]
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "r": len(layers[0].A), "lora_alpha": layers[0].scale * len(layers[0].A),
+        "lora_dropout": layers[0].dropout.p, "bias": "none", "fan_in_fan_out": False,
+        "inference_mode": True, "init_lora_weights": True,
+        "target_modules": sorted({name.rpartition(".")[2] for name, _ in adapters(model)}),
+        "modules_to_save": sorted(whole) or None,
+        "trainable_token_indices": list(tokens[0]) if tokens and not whole else None,
+    }
+    tensors = {name: torch.cat([p.detach() for p in parts]).cpu() for name, parts in _places(model).items()}
+    save_file(dict(sorted(tensors.items())), folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@torch.no_grad()
+def load_peft(model: nn.Module, folder: str | Path) -> None:
+    """Reads a PEFT adapter into the model, wrapping its layers if they are bare, and anchors it there.
+    Every key must find its place and every place its key, with equal shapes: peft would only warn."""
+    folder = Path(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if not any(True for _ in adapters(model)):
+        inject(model, config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"])
+    places, tensors = _places(model), load_file(folder / "adapter_model.safetensors")
+    wrong = sorted(places.keys() ^ tensors.keys())
+    wrong += [k for k in places if k in tensors and _shape(places[k]) != tuple(tensors[k].shape)]
+    if wrong:
+        found = [f"{side} {shape}" for side, shape in (
+            ("file", tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else "-"),
+            ("model", _shape(places[wrong[0]]) if wrong[0] in places else "-"))]
+        raise ValueError(f"{folder} is not an adapter of this model\n{len(wrong)} tensors differ; "
+                         f"{wrong[0]}: {', '.join(found)}\nuse the adapter's own base model, rank and targets")
+    for name, parts in places.items():
+        for part, values in zip(parts, tensors[name].split([len(p) for p in parts]), strict=True):
+            part.copy_(values)
+    for _, layer in adapters(model):
+        layer.advance()
+
+
+def _tables(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, table) of the token tables (llama.TokenTable); a tied head is the embedding's."""
+    return ((name, m) for name, m in model.named_modules() if hasattr(m, "rows"))
+
+
+def _places(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """What an adapter file holds: its keys, each with the parameters that make it up, stacked."""
+    places = {f"{PREFIX}{name}.lora_{m}.weight": [getattr(layer, m)]
+              for name, layer in adapters(model) for m in "AB"}
+    for name, table in _tables(model):
+        new_rows = [] if table.rows is None else [table.rows]
+        if table.weight.requires_grad:
+            places[f"{PREFIX}{name}.weight"] = [table.weight, *new_rows]
+        elif new_rows:
+            places[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = new_rows
+    return places
+
+
+def _shape(parts: list[nn.Parameter]) -> tuple[int, ...]:
+    return (sum(len(p) for p in parts), *parts[0].shape[1:])

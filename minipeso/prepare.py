@@ -1,0 +1,163 @@
+"""From a data set's name to everything that training needs: stages, texts, semantic IDs, prompts, model."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from minipeso.config import BASES, CATEGORIES, Config, UsageError
+from minipeso.embed import llama_vectors, title_vectors
+from minipeso.hub import load_llama, read_config
+from minipeso.llama import Llama, LlamaConfig
+from minipeso.reviews import dataset_schema, item_text, read_items, read_reviews
+from minipeso.semantic_ids import SemanticIDs
+from minipeso.stages import Stage, cut, read_release, subset, user_disjoint
+from minipeso.synthetic import write_world
+from minipeso.tokens import Template
+
+
+@dataclass
+class Dataset:
+    """The stages, with items numbered 0 .. n-1, and what is known about each item."""
+
+    stages: list[Stage]
+    known: list[list[int]]  # per stage t, the items that can be recommended: those of D_1 .. D_t
+    keys: list[str]  # the item's name in the source
+    texts: list[str] | None  # one line an item; None where the source has none
+    ids_file: Path | None  # semantic IDs that come with the data
+    notes: list[str]  # rows skipped, doubles, ...: for stats.md
+
+
+def load_dataset(cfg: Config, folder: Path) -> Dataset:
+    """The data set of cfg.dataset: a folder, or the demo's world, which is written into `folder` first.
+
+    A subset of the users (cfg.users) keeps the whole catalogue, so that its figures are estimates
+    of the full run's, not of an easier problem.
+    """
+    source = write_world(folder, cfg.world_users, cfg.world_items, cfg.world_alpha, cfg.seed) \
+        if cfg.dataset == "demo" else Path(cfg.dataset)
+    if cfg.dataset in CATEGORIES:
+        raise UsageError(f"the data of {cfg.dataset} is not on this machine\nit is {CATEGORIES[cfg.dataset]} of Amazon "
+                         "Reviews 2023 (McAuley-Lab/Amazon-Reviews-2023)\n"
+                         f"put {CATEGORIES[cfg.dataset]}.csv[.gz] and meta_{CATEGORIES[cfg.dataset]}.jsonl[.gz] into "
+                         "a folder and pass --dataset FOLDER; --dry-run shows what would happen")
+    data = _from_release(source) if dataset_schema(source) == "release" else _from_reviews(cfg, source)
+    if cfg.split == "user-disjoint":
+        data.stages = user_disjoint(data.stages, cfg.seed)
+    data.known = known_items(data.stages)
+    if cfg.users:
+        data.stages = subset(data.stages, cfg.users, cfg.seed)
+    return data
+
+
+def known_items(stages: list[Stage]) -> list[list[int]]:
+    """What the trie of every stage t holds: the items of D_1 .. D_t, sorted. An item enters with the
+    stage in which somebody first takes it; nothing can be recommended before it exists.
+    Release: the codes of all stages at once."""
+    return [sorted(set().union(*(stage.items for stage in stages[:t]))) for t in range(1, len(stages) + 1)]
+
+
+def _from_release(folder: Path) -> Dataset:
+    stages, ids_file = read_release(folder)
+    if stages[0].number != 1:
+        raise UsageError(f"D1 is missing\n{folder} begins with stage {stages[0].number}\n"
+                         "add its block_0.json: the adapter is learnt on D1 first")
+    highest = max(max(max(s.items), max((max(h) for h in s.history.values() if h), default=0)) for s in stages)
+    return Dataset(stages, [], [str(i) for i in range(highest + 1)], None, ids_file, [])
+
+
+def _from_reviews(cfg: Config, folder: Path) -> Dataset:
+    """Reviews to stages; items that no stage kept are dropped, the others numbered anew."""
+    events = read_reviews(folder, *_span(cfg.years))
+    stages = cut(events, cfg.first, cfg.stages, cfg.min_events)
+    kept = sorted(set().union(*(stage.items for stage in stages)))
+    number = {old: new for new, old in enumerate(kept)}
+    stages = [Stage(s.number, *({u: [number[i] for i in items] for u, items in part.items()}
+                                for part in (s.history, s.current))) for s in stages]
+    keys = [events.items[i] for i in kept]
+    fields = read_items(folder, set(keys))
+    notes = [f"{len(events.time):,} interactions read", f"{events.duplicates:,} repeated (user, item) rows dropped",
+             f"{len(keys) - len(fields):,} of {len(keys):,} items without metadata: named by their key"]
+    notes += [f"{count:,} rows skipped: {reason}" for reason, count in sorted(events.bad.items())]
+    return Dataset(stages, [], keys, [item_text(fields.get(key, {}), key) for key in keys], None, notes)
+
+
+def _span(years: str) -> tuple[int | None, int | None]:
+    """"2019-2023" -> the milliseconds of 2019-01-01 and 2024-01-01, UTC."""
+    if not years:
+        return None, None
+    first, dash, last = years.partition("-")
+    if not (first.isdigit() and (last or first).isdigit()):
+        raise UsageError(f"cannot read the span of years\nfound {years!r}\nwrite --years 2019-2023")
+    starts = (datetime(int(y), 1, 1, tzinfo=timezone.utc) for y in (first, int(last or first) + 1))
+    return tuple(int(start.timestamp() * 1000) for start in starts)
+
+
+# -- the model and its words ------------------------------------------------------------------------
+
+def from_scratch(cfg: Config) -> bool:
+    return cfg.base in BASES
+
+
+def llama_config(cfg: Config) -> LlamaConfig:
+    """The shape of cfg.base; a base from scratch knows one word, <bos>, besides the codes."""
+    if not from_scratch(cfg):
+        return read_config(cfg.base)
+    return LlamaConfig(vocab_size=1, hidden_size=cfg.hidden, intermediate_size=cfg.intermediate,
+                       num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
+                       num_key_value_heads=cfg.kv_heads, head_dim=cfg.hidden // cfg.heads, rms_norm_eps=1e-5,
+                       rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True)
+
+
+def load_model(cfg: Config) -> Llama:
+    """The base: a checkpoint, or random weights still to be trained on D_0."""
+    device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, cfg.dtype.replace("auto", "bfloat16" if device == "cuda" else "float32"))
+    if from_scratch(cfg):
+        generator = torch.Generator().manual_seed(cfg.seed)
+        return Llama(llama_config(cfg)).initialise(generator).to(device, dtype)
+    return load_llama(cfg.base, dtype, device)
+
+
+def load_tokenizer(cfg: Config) -> Tokenizer | None:
+    if from_scratch(cfg):
+        return None
+    path = Path(cfg.base) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing\nthe prompt is text and needs it\ndownload the checkpoint again")
+    return Tokenizer.from_file(str(path))
+
+
+def semantic_ids(cfg: Config, data: Dataset, model: Llama, tokenizer: Tokenizer | None,
+                 progress: Callable | None = None) -> SemanticIDs:
+    """The IDs that came with the data, or an RQ-VAE on vectors of the items' texts: mean hidden states
+    of the language model (Release), or title vectors where the base has no language."""
+    if data.ids_file:
+        ids = SemanticIDs.load(data.ids_file, cfg.codes)
+        if len(ids.codes) < len(data.keys):
+            raise UsageError(f"a semantic ID is missing\n{data.ids_file} has {len(ids.codes)} items, the stages name "
+                             f"item {len(data.keys) - 1}\nuse the ID file that belongs to these blocks")
+        return ids
+    if cfg.text_width or tokenizer is None:
+        vectors = torch.from_numpy(title_vectors(data.texts, cfg.text_width, cfg.seed))
+    else:
+        vectors = llama_vectors(model.model, lambda text: tokenizer.encode(text).ids,
+                                [[text] for text in data.texts], device=model.device)
+    return SemanticIDs.fit(vectors, cfg.levels, cfg.codes, cfg.latent, cfg.rqvae_hidden, cfg.rqvae_epochs,
+                           cfg.seed, lr=cfg.rqvae_lr, progress=progress)
+
+
+def make_template(cfg: Config, ids: SemanticIDs, tokenizer: Tokenizer | None) -> Template:
+    if cfg.prompt == "short":
+        if tokenizer is not None:
+            raise UsageError("--prompt short is for bases without a text vocabulary\n"
+                             f"found --base {cfg.base}\nuse --prompt paper or release")
+        return Template.short(ids.codes, ids.n_codes)
+    if tokenizer is None:
+        raise UsageError(f"--prompt {cfg.prompt} is text, and --base {cfg.base} has no text vocabulary\n"
+                         "found a base that is trained from scratch\nuse --prompt short, or a Llama checkpoint")
+    return Template.text(tokenizer, cfg.prompt, cfg.learn_end, ids.codes, ids.n_codes)

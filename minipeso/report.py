@@ -1,0 +1,154 @@
+"""What a run leaves behind: results.json, ranks.json, and the tables that eval.py and train.py print."""
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import resource
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minipeso.config import Config
+from minipeso.metrics import CUTOFFS, average, hits, paired_interval, summary
+
+METRICS = [f"{name}@{k}" for name in ("hit", "ndcg") for k in CUTOFFS]
+
+
+def spans(stages: list[str]) -> dict[str, list[str]]:
+    """The two averages of the paper, which contradict each other: "D2-D4" (the text) and "t = 2..5"."""
+    later = [t for t in stages if int(t) > 1]
+    return {f"D2-D{last}": [t for t in later if int(t) <= last] for last in range(int(later[-1]) - 1, int(later[-1]) + 1)
+            if last > 1}
+
+
+def results(config: dict, ranks: dict[str, Tensor], references: dict, seconds: dict) -> dict:
+    """The content of results.json. A stage without users has null metrics and is in no average."""
+    stages = {t: summary(r) for t, r in ranks.items()}
+    return {"config": config, "stages": stages,
+            "average": {name: average([stages[t] for t in part]) for name, part in spans(list(stages)).items()},
+            "references": references, "seconds": seconds, "peak_memory_bytes": peak_memory()}
+
+
+def peak_memory() -> int:
+    """The process's peak resident bytes; on a GPU the card's peak of allocated bytes."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def begin(out: Path, cfg: Config) -> None:
+    """A new run in `out`: config.json is written, and what an older run left there is void."""
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in (out, *(folder_of(out, cfg, name) for name in cfg.methods)):
+        (folder / "results.json").unlink(missing_ok=True)
+    (out / "metrics.jsonl").write_text("")
+    write_json(out / "config.json", dataclasses.asdict(cfg) | {"versions": versions()})
+
+
+def folder_of(out: Path, cfg: Config, method: str) -> Path:
+    """The run folder is the main method's; one it is compared with has a folder inside."""
+    return out if method == cfg.method else out / method
+
+
+def versions() -> dict[str, str]:
+    names = ("minipeso", "torch", "numpy", "safetensors", "tokenizers")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def finish(out: Path, cfg: Config, ranks: dict[str, dict[str, Tensor]], references: dict, seconds: dict) -> None:
+    """Writes results.json and ranks.json of every method and prints the tables."""
+    runs = {}
+    for name, found in ranks.items():
+        settings = dataclasses.asdict(dataclasses.replace(cfg, method=name))
+        runs[name], folder = results(settings, found, references, seconds), folder_of(out, cfg, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "ranks.json", {t: r.tolist() for t, r in found.items()})
+        write_json(folder / "results.json", runs[name])
+    print(tables(runs, ranks))
+    print(f"\n{sum(seconds.values()):.0f} s, peak {peak_memory() / 2**20:,.0f} MiB; {out / 'results.json'}")
+
+
+def load(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """(results, ranks) of a run folder; FileNotFoundError says what a run folder is."""
+    for name in ("results.json", "ranks.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a finished run\nit has no {name}\n"
+                                    "give the --out folder of a train.py run that ended")
+    ranks = json.loads((folder / "ranks.json").read_text())
+    return json.loads((folder / "results.json").read_text()), {t: torch.tensor(r) for t, r in ranks.items()}
+
+
+# -- tables -----------------------------------------------------------------------------------------
+
+def tables(runs: dict[str, dict], ranks: dict[str, dict[str, Tensor]]) -> str:
+    """Everything there is to say of some runs over the same stages."""
+    reference = "single" if "single" in runs else next(iter(runs))
+    return "\n\n".join(filter(None, [stage_table(runs), summary_table(runs), differences(ranks, reference)]))
+
+
+def stage_table(runs: dict[str, dict]) -> str:
+    """Hit@10 per stage, each with its standard error over users; random and popularity beside it."""
+    first = next(iter(runs.values()))
+    stages = list(first["stages"])
+    lines = [_line(["Hit@10 ± s.e.", *(f"D{t}" for t in stages)]), _rule(len(stages))]
+    lines.append(_line(["test users", *(f"{first['stages'][t]['users']:,}" for t in stages)]))
+    for name in ("random", "popularity"):
+        lines.append(_line([name, *(_number(first["references"][t][name]) for t in stages)]))
+    for name, run in runs.items():
+        cells = [f"{_number(row['hit@10'])} ± {_number(row['se_hit@10'])}" for row in run["stages"].values()]
+        lines.append(_line([name, *cells]))
+    return "\n".join(lines)
+
+
+def summary_table(runs: dict[str, dict]) -> str:
+    """The paper's Table 2 form: every metric averaged over D2-D4 and over D2-D5, best **bold**,
+    second best _underlined_."""
+    columns = [(span, metric) for span in next(iter(runs.values()))["average"] for metric in METRICS]
+    lines = [_line(["mean over stages", *(f"{m[0].upper()}@{m.partition('@')[2]} {span}" for span, m in columns)]),
+             _rule(len(columns))]
+    values = {name: [run["average"][span][metric] for span, metric in columns] for name, run in runs.items()}
+    for name, row in values.items():
+        cells = []
+        for value, rivals in zip(row, zip(*values.values())):
+            order = sorted({v for v in rivals if v is not None}, reverse=True)
+            mark = "**" if value == order[0] else "_" if value in order[1:2] else "" if value is not None else ""
+            cells.append(f"{mark}{_number(value)}{mark}" if len(runs) > 1 else _number(value))
+        lines.append(_line([name, *cells]))
+    return "\n".join(lines)
+
+
+def differences(ranks: dict[str, dict[str, Tensor]], to: str) -> str:
+    """Each method's mean difference to method `to` in Hit@10 over the users of D2 and later, with the
+    paired bootstrap's 95 % interval: an interval that holds 0 is a difference within the noise."""
+    def later(run):
+        return torch.cat([hits(r, 10) for t, r in run.items() if int(t) > 1])
+    lines = []
+    for name, run in ranks.items():
+        if name != to:
+            a, b = later(run), later(ranks[to])
+            low, high = paired_interval(a, b)
+            word = "within the noise" if low <= 0 <= high else "beyond the noise"
+            lines.append(f"{name} - {to}: Hit@10 {(a - b).mean():+.4f}, 95 % interval {low:+.4f} .. {high:+.4f}, {word}")
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join([f"{cells[0]:<14}", *(f"{cell:>15}" for cell in cells[1:])]) + " |"
+
+
+def _rule(columns: int) -> str:
+    return "|" + "-" * 16 + "|" + ("-" * 16 + ":|") * columns
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,294 @@
+"""The paper's propositions, each as two independent computations that must agree (float64)."""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minipeso.proximal import l2, softmax_kl
+from minipeso.theory import (block_metric, generalised_eigen, interpolation, proximal_minimiser,
+                             quadratic_prox, softmax_kl_remainder, softmax_metric, variance_form)
+
+SEEDS = st.integers(0, 2**31 - 1)
+LAMS = st.floats(1e-2, 1e2)
+METRICS = st.sampled_from(["positive", "low rank", "softmax", "blocks"])
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def second_moment(m: int, rank: int, seed: int) -> Tensor:
+    """E[Phi Phi^T] (Eq. 8) over `rank` random features: symmetric, PSD, of that rank."""
+    Phi = normal(rank, m, seed=seed)
+    return Phi.T @ Phi / rank
+
+
+def metric(kind: str, m: int, seed: int) -> tuple[Tensor, int]:
+    """A proximal metric (m, m) of each kind the paper speaks of, and its rank; m >= 4."""
+    if kind == "positive":
+        return second_moment(m, 3 * m, seed), m
+    if kind == "low rank":
+        return second_moment(m, m - 2, seed), m - 2
+    if kind == "softmax":
+        return softmax_metric(normal(m, seed=seed)), m - 1
+    return block_metric([normal(2, seed=seed), normal(m - 2, seed=seed + 1)]), m - 2
+
+
+def lbfgs(Sigma: Tensor, H: Tensor, v_star: Tensor, v_prev: Tensor, lam: float) -> Tensor:
+    """Eq. 9 as written, minimised numerically from the anchor."""
+    v = v_prev.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([v], lr=1, max_iter=2000, max_eval=4000, history_size=50,
+                                  tolerance_grad=1e-13, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        data, moved = v - v_star, v - v_prev
+        loss = 0.5 * data @ Sigma @ data + lam / 2 * moved @ H @ moved
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return v.detach()
+
+
+def problem(kind: str, m: int, seed: int) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
+    """Sigma, H, rank(H), v_star, v_prev; Sigma of full rank, as Eq. 8 with enough data."""
+    H, rank = metric(kind, m, seed)
+    Sigma, v_star, v_prev = second_moment(m, 3 * m, seed + 7), *normal(2, m, seed=seed + 8)
+    return Sigma, H, rank, v_star, v_prev
+
+
+# ---- Proposition 1
+
+
+@quick
+@given(m=st.integers(4, 8), seed=SEEDS, kind=METRICS, lam=LAMS)
+def test_proposition_1_closed_form_equals_lbfgs(m, seed, kind, lam):
+    """Eq. 28 is where an optimiser that knows only Eq. 9 ends up."""
+    Sigma, H, _, v_star, v_prev = problem(kind, m, seed)
+    v = proximal_minimiser(Sigma, H, v_star, v_prev, lam)
+    found = lbfgs(Sigma, H, v_star, v_prev, lam)
+    condition = torch.linalg.cond(Sigma + lam * H)
+    error = (v - found).norm() / (1 + v.norm())
+    assert error < 1e-8 * condition, f"off by {error:.2g} at condition number {condition:.2g}"
+
+
+@quick
+@given(m=st.integers(4, 12), seed=SEEDS, kind=METRICS, lam=LAMS, flat=st.booleans())
+def test_proposition_1_interpolates_in_every_generalised_eigendirection(m, seed, kind, lam, flat):
+    """Eq. 10 in rank(H) directions: <v, q>_H mixes <v_star, q>_H and <v_prev, q>_H by rho."""
+    Sigma, H, rank, v_star, v_prev = problem(kind, m, seed)
+    if flat:  # in one direction the data says nothing
+        Sigma = second_moment(m, m - 1, seed + 7)
+    rho, Q = generalised_eigen(Sigma, H)
+    weight = interpolation(rho, lam)
+    got = Q.T @ H @ proximal_minimiser(Sigma, H, v_star, v_prev, lam)
+    want = weight * (Q.T @ H @ v_star) + (1 - weight) * (Q.T @ H @ v_prev)
+    assert Q.shape == (m, rank) and rho.shape == (rank,) and rho.min() >= 0, f"{rho}"
+    assert (got - want).norm() < 1e-7 * (1 + want.norm()), f"{got} against {want}"
+
+
+@quick
+@given(m=st.integers(4, 12), seed=SEEDS, kind=METRICS)
+def test_generalised_eigenpairs_satisfy_their_definition(m, seed, kind):
+    """Sigma q = rho H q in all of R^m, Q^T H Q = I, rho >= 0 and ascending, also for singular H."""
+    Sigma, H, rank, _, _ = problem(kind, m, seed)
+    rho, Q = generalised_eigen(Sigma, H)
+    residual = (Sigma @ Q - H @ Q * rho).norm() / (Sigma @ Q).norm()
+    assert residual < 1e-8, f"Sigma q - rho H q is {residual:.2g} of Sigma q"
+    assert torch.allclose(Q.T @ H @ Q, torch.eye(rank).double(), atol=1e-8)
+    assert rho.min() >= 0 and (rho.diff() >= 0).all(), f"{rho}"
+
+
+@quick
+@given(m=st.integers(2, 10), seed=SEEDS)
+def test_generalised_eigenvalues_are_scipys_for_a_positive_metric(m, seed):
+    """For H > 0 the pencil (Sigma, H) has the eigenvalues that LAPACK's own solver finds."""
+    Sigma, H = second_moment(m, 3 * m, seed), second_moment(m, 3 * m, seed + 1)
+    want = scipy.linalg.eigh(Sigma.numpy(), H.numpy(), eigvals_only=True)
+    assert np.allclose(generalised_eigen(Sigma, H)[0].numpy(), want, rtol=1e-8)
+
+
+def test_restriction_to_range_of_h_would_violate_equation_10():
+    """With singular H, pairs of Sigma restricted to range(H) fail Eq. 10; the shipped ones hold."""
+    lam = 0.7
+    Sigma, H, _, v_star, v_prev = problem("softmax", 6, seed=1)
+    v = proximal_minimiser(Sigma, H, v_star, v_prev, lam)
+    h, V = torch.linalg.eigh(H)
+    W = V[:, 1:] / h[1:].sqrt()  # H's range, without the part of q in its kernel
+    rho, U = torch.linalg.eigh(W.T @ Sigma @ W)
+
+    def violation(rho: Tensor, Q: Tensor) -> float:
+        want = rho / (rho + lam) * (Q.T @ H @ v_star) + lam / (rho + lam) * (Q.T @ H @ v_prev)
+        return float((Q.T @ H @ v - want).norm() / want.norm())
+
+    naive, shipped = violation(rho, W @ U), violation(*generalised_eigen(Sigma, H))
+    assert shipped < 1e-10 and naive > 1e-2, f"shipped {shipped:.2g}, naive {naive:.2g}"
+
+
+@pytest.mark.parametrize("kind", ["positive", "low rank", "softmax", "blocks"])
+def test_proposition_1_limits(kind):
+    """lam -> 0 gives v_star everywhere; lam -> inf gives the anchor as far as H sees it."""
+    Sigma, H, _, v_star, v_prev = problem(kind, 6, seed=3)
+    free = proximal_minimiser(Sigma, H, v_star, v_prev, 1e-11)
+    assert (free - v_star).norm() < 1e-7, f"{free} against {v_star}"
+    held = proximal_minimiser(Sigma, H, v_star, v_prev, 1e9)
+    off = (H @ (held - v_prev)).norm() / (H @ (v_star - v_prev)).norm()
+    assert off < 1e-5, f"on range(H) still {off:.2g} of the way to v_star"
+    if kind == "softmax":  # a uniform shift is free, so the data alone decides it
+        shift = torch.ones(6).double() @ Sigma @ (held - v_star)
+        assert abs(shift) < 1e-6 and (held - v_prev).norm() > 1e-2, f"{shift}"
+
+
+def test_a_direction_without_data_keeps_the_anchor():
+    """Where rho = 0 the component of the stage before is kept, for any lam (after Cor. 2)."""
+    q = torch.tensor([0.6, 0.8, 0.0], dtype=torch.float64)
+    Phi = normal(50, 3, seed=0)
+    Phi = Phi - torch.outer(Phi @ q, q)  # no example touches q
+    v_star, v_prev = normal(3, seed=1), normal(3, seed=2)
+    v = proximal_minimiser(Phi.T @ Phi / 50, torch.eye(3), v_star, v_prev, lam=0.01)
+    assert math.isclose(q @ v, q @ v_prev, abs_tol=1e-12) and abs(q @ (v_star - v_prev)) > 0.1
+    weights = interpolation(torch.tensor([0.0, 0.01, 1e9]), 0.01).tolist()
+    assert weights == pytest.approx([0, 0.5, 1])
+
+
+def test_assumption_5_violation_is_an_error():
+    """A direction flat in Sigma and in H is refused, with how many and how flat."""
+    ones = torch.ones(5).double()
+    Phi = normal(20, 5, seed=0)
+    Phi = Phi - torch.outer(Phi @ ones, ones) / 5  # blind to uniform shifts, as H is
+    Sigma, H = Phi.T @ Phi, softmax_metric(normal(5, seed=1))
+    for call in (lambda: proximal_minimiser(Sigma, H, ones, ones, 1.0),
+                 lambda: generalised_eigen(Sigma, H)):
+        with pytest.raises(ValueError, match=r"Assumption 5 fails(.|\n)*\n1 of 5.* is -?\d"):
+            call()
+    proximal_minimiser(Sigma + torch.outer(ones, ones), H, ones, ones, 1.0)
+
+
+@pytest.mark.parametrize("Sigma, lam, message", [
+    (torch.tensor([[1.0, 0.5], [0.0, 1.0]]), 1.0, r"Sigma is not symmetric(.|\n)*up to 0.5"),
+    (torch.diag(torch.tensor([1.0, -0.25])), 1.0, r"Sigma is not symmetric(.|\n)*eigenvalue -0.25"),
+    (torch.ones(2, 3), 1.0, r"Sigma is not a finite square matrix\nshape \(2, 3\)"),
+    (torch.diag(torch.tensor([1.0, math.nan])), 1.0, "Sigma is not a finite"),
+    (torch.eye(2), 0.0, "lam=0.0"),
+    (torch.eye(2), -1.0, "lam=-1.0"),
+    (torch.eye(2), math.inf, "lam=inf"),
+])
+def test_inputs_outside_the_proposition_are_errors(Sigma, lam, message):
+    """Asymmetric, indefinite, non-square, non-finite Sigma, and lam outside (0, inf), are named."""
+    with pytest.raises(ValueError, match=message) as error:
+        proximal_minimiser(Sigma, torch.eye(2), torch.zeros(2), torch.zeros(2), lam)
+    assert str(error.value).count("\n") == 2
+
+
+# ---- Corollary 2
+
+
+@quick
+@given(m=st.integers(1, 10), seed=SEEDS, lam=LAMS)
+def test_corollary_2_l2_case(m, seed, lam):
+    """H = I: Sigma's own eigenpairs, and the weight on v_star is sigma^2/(sigma^2 + lam)."""
+    Sigma = second_moment(m, 2 * m, seed)
+    v_star, v_prev = normal(m, seed=seed + 1), normal(m, seed=seed + 2)
+    v = proximal_minimiser(Sigma, torch.eye(m), v_star, v_prev, lam)
+    _, sigma, Q = torch.linalg.svd(Sigma)  # Sigma is PSD: singular values are eigenvalues, sigma^2
+    want = sigma / (sigma + lam) * (Q @ v_star) + lam / (sigma + lam) * (Q @ v_prev)
+    assert torch.allclose(Q @ v, want, atol=1e-10), f"{Q @ v} against {want}"
+    assert torch.allclose(generalised_eigen(Sigma, torch.eye(m))[0], sigma.flip(0), atol=1e-10)
+
+
+def test_l2_is_the_quadratic_proximal_with_the_identity():
+    """The shipped l2 is Eq. 6's term with H = I; the shipped softmax_kl's is another."""
+    v, v_prev = normal(9, seed=0), normal(9, seed=1)
+    assert math.isclose(l2(v, v_prev), quadratic_prox(v - v_prev, torch.eye(9)), rel_tol=1e-12)
+
+
+# ---- Propositions 3 and 5, Corollary 4
+
+
+def orders(deltas: list[Tensor], v_prevs: list[Tensor], steps: list[float]) -> list[float]:
+    """log2 of the factor by which the remainder falls at each halving of the step."""
+    left = [abs(float(softmax_kl_remainder([s * d for d in deltas], v_prevs))) for s in steps]
+    return [math.log2(a / b) for a, b in zip(left, left[1:])]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_proposition_5_remainder_is_of_third_order(seed):
+    """One group: shipped softmax_kl - 1/2 delta^T H delta falls 8-fold when the step halves."""
+    v_prev, delta = normal(30, seed=seed), normal(30, seed=seed + 50)
+    found = orders([delta], [v_prev], [2.0**-k for k in range(7, 12)])
+    assert all(abs(order - 3) < 0.1 for order in found), f"{found}"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_proposition_3_blockwise_quadratic_with_third_order_remainder(seed):
+    """Groups of unequal size: the sum of KLs is 1/2 delta^T blkdiag(H) delta up to third order."""
+    sizes = [3, 17, 40]
+    v_prevs = [normal(n, seed=seed + n) for n in sizes]
+    deltas = [normal(n, seed=seed + n + 100) for n in sizes]
+    found = orders(deltas, v_prevs, [2.0**-k for k in range(7, 12)])
+    assert all(abs(order - 3) < 0.1 for order in found), f"{found}"
+    K = sum(softmax_kl(u + 1e-3 * d, u) for u, d in zip(v_prevs, deltas))
+    quadratic = quadratic_prox(1e-3 * torch.cat(deltas), block_metric(v_prevs))
+    assert abs(K / quadratic - 1) < 5e-3, f"K {K:.6g}, quadratic form {quadratic:.6g}"
+
+
+def test_proposition_3_metric_has_no_terms_between_groups():
+    """blkdiag: moving one group leaves the other groups' share of the penalty as it was."""
+    u, w = normal(4, seed=0), normal(3, seed=1)
+    H = block_metric([u, w])
+    assert H.shape == (7, 7) and (H[:4, 4:] == 0).all() and (H[4:, :4] == 0).all()
+    assert H[:4, :4].equal(softmax_metric(u)) and H[4:, 4:].equal(softmax_metric(w))
+
+
+@quick
+@given(n=st.integers(2, 12), seed=SEEDS)
+def test_proposition_5_metric_is_the_hessian_of_the_shipped_penalty(n, seed):
+    """softmax_metric(v_prev) is what autograd finds at the anchor; its kernel: constants."""
+    v_prev = normal(n, seed=seed)
+    H = softmax_metric(v_prev)
+    hessian = torch.autograd.functional.hessian(lambda v: softmax_kl(v, v_prev), v_prev)
+    assert torch.allclose(H, hessian, atol=1e-12), f"off by {(H - hessian).abs().max():.2g}"
+    eigenvalues = torch.linalg.eigvalsh(H)
+    assert abs(eigenvalues[0]) < 1e-15 and eigenvalues[1] > 0, f"{eigenvalues}"
+    assert (H @ torch.ones(n).double()).abs().max() < 1e-15
+
+
+@quick
+@given(n=st.integers(1, 30), seed=SEEDS, shift=st.floats(-5, 5))
+def test_corollary_4_variance_form(n, seed, shift):
+    """Var_p(delta) = delta^T (diag(p) - p p^T) delta = numpy's weighted variance."""
+    v_prev, delta = normal(n, seed=seed), normal(n, seed=seed + 1) + shift
+    p = np.exp(v_prev.numpy()) / np.exp(v_prev.numpy()).sum()
+    numpy_variance = float(np.cov(delta.numpy(), aweights=p, ddof=0)) if n > 1 else 0.0
+    variance = variance_form(delta, torch.tensor(p))
+    assert math.isclose(variance, numpy_variance, rel_tol=1e-9, abs_tol=1e-12)
+    assert math.isclose(quadratic_prox(delta, softmax_metric(v_prev)), variance / 2,
+                        rel_tol=1e-9, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("step", [1e-5, 1e-4, 1e-3])
+def test_corollary_4_half_the_variance_is_the_penalty_that_trains(step):
+    """At adapter size, in fp32, the shipped softmax_kl is 1/2 Var_p(delta) to 2 per mille."""
+    v_prev = 0.02 * normal(16384, seed=0).float()
+    v = v_prev + step * normal(16384, seed=1).float()
+    half = variance_form(v.double() - v_prev.double(), v_prev.double().softmax(0)) / 2
+    assert abs(softmax_kl(v, v_prev) / half - 1) < 1e-3 + step, f"{softmax_kl(v, v_prev)}, {half}"
+
+
+def test_corollary_4_protects_mass_and_forgives_shifts():
+    """(i) reshuffling costs more than as large a shift; (ii) heavier coordinates cost more."""
+    v_prev = torch.tensor([2.0, 0.0, -2.0]).double()
+    shift, reshuffle = 0.1 * torch.ones(3).double(), torch.tensor([0.1, -0.1, 0.1]).double()
+    assert softmax_kl(v_prev + shift, v_prev) < 1e-20 < softmax_kl(v_prev + reshuffle, v_prev)
+    middle, light = (softmax_kl(v_prev + 0.1 * torch.eye(3).double()[i], v_prev) for i in (1, 2))
+    assert middle > 2 * light, f"p = {v_prev.softmax(0)}: {middle:.3g} and {light:.3g}"
