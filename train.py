@@ -112,4 +112,4 @@ def rank_users(run: Run, t: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    config.run(main, __doc__)
+    config.guard(lambda: main(config.from_args(description=__doc__)))

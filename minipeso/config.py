@@ -217,17 +217,18 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"cannot read the command line\n{message}\npython {self.prog} --help lists the flags")
 
 
-def run(main: Callable[[Config], None], description: str) -> None:
-    """main(config of the command line); what goes wrong becomes three lines and an exit code:
-    2 usage or data, 4 numbers, 5 environment, 130 Ctrl-C."""
-    debug = "--debug" in sys.argv
-    codes = ((FloatingPointError, 4), (FileNotFoundError, 2), (ValueError, 2), (torch.OutOfMemoryError, 5), (OSError, 5))
+EXIT_CODES = ((FloatingPointError, 4), (FileNotFoundError, 2), (ValueError, 2), (torch.OutOfMemoryError, 5), (OSError, 5))
+
+
+def guard(main: Callable[[], None]) -> None:
+    """main(); what goes wrong becomes three lines and an exit code: 2 usage or data, 4 numbers,
+    5 environment, 130 Ctrl-C. With --debug on the command line, a traceback."""
     try:
-        main(from_args(None, description))
+        main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except tuple(kind for kind, _ in codes) as error:
-        if debug:
+    except tuple(kind for kind, _ in EXIT_CODES) as error:
+        if "--debug" in sys.argv:
             raise
         print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(next(code for kind, code in codes if isinstance(error, kind)))
+        sys.exit(next(code for kind, code in EXIT_CODES if isinstance(error, kind)))

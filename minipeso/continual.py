@@ -204,7 +204,7 @@ def train_stage(model: Llama, train: list[Example], valid: list[Example], templa
     on (seed, stage, epoch) alone. FloatingPointError if the loss or its gradient is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=cfg.weight_decay)
+    optimiser = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=cfg.weight_decay, fused=True)
     data, checks = rows(train, template), rows(valid, template)
     steps = plan.epochs * math.ceil(len(train) / plan.batch)
     best, step = (math.inf, []), 0

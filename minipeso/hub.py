@@ -40,7 +40,7 @@ def load_llama(name_or_path: str | Path, dtype: torch.dtype = torch.float32, dev
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors\n"
                          f"the first is {next(iter(missing))}\ndownload the checkpoint again")
-    model.model.rotary = Rotary(config).to(device)
+    model.model.rotary = Rotary(config).to(device, dtype)
     return model
 
 
@@ -52,7 +52,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
                                 "download the checkpoint again")
     try:
         return LlamaConfig.from_dict(json.loads(path.read_text()))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} does not describe a Llama that minipeso knows\n{error}\n"
                          "use a Llama 3 checkpoint") from error
 
@@ -61,7 +61,11 @@ def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that model.safetensors.index.json names."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{index} is no index of shards\nits weight_map cannot be read: {error!r}\n"
+                             "download the checkpoint again") from error
         strange = [name for name in names if not SHARD.fullmatch(name)]
         if strange:  # a path from a file is not to be trusted
             raise ValueError(f"{index} names a strange file\n{strange[0]!r} is not model-0000N-of-0000M.safetensors\n"

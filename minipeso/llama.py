@@ -46,12 +46,20 @@ class LlamaConfig:
         for name, allowed in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
             if config.get(name, allowed) != allowed:
                 raise ValueError(f"config.json has {name} = {config[name]!r}; only {allowed!r} is supported")
+        heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+        if heads % groups:
+            raise ValueError(f"config.json has {heads} heads, no multiple of its {groups} key/value heads")
         rope_frequencies(config["rope_parameters"], config["head_dim"])  # fails here if it is unknown
         return cls(**{f.name: config[f.name] for f in fields(cls)})
 
 
-def rope_frequencies(rope: dict, head_dim: int) -> Tensor:
-    """The rotation speed of every pair of head dimensions, (head_dim / 2,) float32.
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type for what bfloat16 is too coarse for: float32, or float64 in a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rope_frequencies(rope: dict, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The rotation speed of every pair of head dimensions, (head_dim / 2,) `dtype`.
 
     theta^(-2i/e); with rope_type llama3, wavelengths above the original context are slowed down by
     `factor`, short ones are kept, and those between are blended linearly in 1/wavelength.
@@ -65,7 +73,7 @@ def rope_frequencies(rope: dict, head_dim: int) -> Tensor:
     missing = [name for name in ("rope_theta", *need[kind]) if rope.get(name) is None]
     if missing:
         raise ValueError(f"config.json's rope parameters lack {', '.join(missing)}")
-    speed = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)  # (e/2,)
+    speed = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim)  # (e/2,)
     if kind == "default":
         return speed
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -80,7 +88,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
+        y = x.to(wide(x.dtype))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)  # cast first, then scale: transformers' order, matters in bf16
 
@@ -89,18 +97,18 @@ class Rotary(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.register_buffer("speed", self.frequencies(), persistent=False)  # (e/2,)
+        self.register_buffer("speed", self.frequencies(torch.float32), persistent=False)  # (e/2,)
 
-    def frequencies(self) -> Tensor:
-        return rope_frequencies(self.config.rope_parameters, self.config.head_dim)
+    def frequencies(self, dtype: torch.dtype) -> Tensor:
+        return rope_frequencies(self.config.rope_parameters, self.config.head_dim, wide(dtype))
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.speed = self.frequencies().to(self.speed.device)  # .to(bfloat16) would have rounded the angles
+        self.speed = self.frequencies(self.speed.dtype).to(self.speed.device)  # .to(bfloat16) would have rounded the angles
         return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angle = positions[..., None].float() * self.speed  # (1 or n, l, e/2)
+        angle = positions[..., None].to(self.speed.dtype) * self.speed  # (1 or n, l, e/2)
         angle = torch.cat([angle, angle], -1)[:, None]  # (1 or n, 1, l, e)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -179,7 +187,8 @@ class Block(nn.Module):
 class TokenTable(nn.Module):
     """The vocabulary's vectors: `weight` (V_text, d) from the checkpoint and, once the semantic-ID
     tokens are added, `rows` (V_new, d) behind them. They are two parameters so that the new rows
-    can be trained without gradients, optimiser state or weight decay touching the old ones."""
+    can be trained without gradients, optimiser state or weight decay touching the old ones; and so
+    that they can stay float32 beside a bfloat16 checkpoint, as what is trained must."""
 
     def __init__(self, vocab: int, d: int):
         super().__init__()
@@ -188,7 +197,7 @@ class TokenTable(nn.Module):
 
     def grow(self, n_new: int, std: float, generator: torch.Generator | None) -> None:
         rows = torch.randn(n_new, self.weight.shape[1], generator=generator) * std
-        self.rows = nn.Parameter(rows.to(self.weight))
+        self.rows = nn.Parameter(rows.to(self.weight.device, wide(self.weight.dtype)))
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.rows is None:
@@ -235,7 +244,7 @@ class LlamaModel(nn.Module):
 
 
 class Llama(nn.Module):
-    """model(ids (n, l), cache=None) -> logits (n, l, V) float32."""
+    """model(ids (n, l), cache=None) -> logits (n, l, V) float32 (float64 of a float64 model)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -248,7 +257,7 @@ class Llama(nn.Module):
         return self.head(self.model(ids, cache=cache))
 
     def head(self, hidden: Tensor) -> Tensor:
-        return self.lm_head.logits(hidden).float()
+        return self.lm_head.logits(hidden).to(wide(hidden.dtype))
 
     def grow(self, n_new: int, generator: torch.Generator | None = None, std: float = 0.02) -> None:
         """Adds n_new tokens behind the vocabulary, N(0, std^2). Release: the same, mean_resizing off."""

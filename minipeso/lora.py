@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -68,7 +69,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W_0 + s B A, (d_out, d_in) in the layer's dtype."""
-        return (self.weight.float() + self.scale * self.B @ self.A).to(self.weight.dtype)
+        return (self.weight + self.scale * self.B @ self.A).to(self.weight.dtype)
 
 
 def inject(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets=TARGETS,
@@ -77,8 +78,9 @@ def inject(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targ
     model.requires_grad_(False)
     found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
              if name in targets and isinstance(child, nn.Linear)]
-    if not found:
-        raise ValueError(f"no linear layer is named any of {', '.join(targets)}")
+    unknown = sorted(set(targets) - {name for _, name, _ in found})
+    if unknown or not found:
+        raise ValueError(f"no linear layer is named {', '.join(unknown)}")
     for parent, name, linear in found:
         layer = adapter(linear, rank, alpha, dropout)
         layer.reset(generator)
@@ -121,17 +123,19 @@ def save_peft(model: nn.Module, folder: str | Path, base: str = "") -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = [layer for _, layer in adapters(model)]
-    tables = list(_tables(model))
-    tokens = [range(len(t.weight), len(t.weight) + len(t.rows)) for _, t in tables if t.rows is not None]
-    whole = [name.rpartition(".")[2] for name, t in tables if t.weight.requires_grad]
+    tables = [(name.rpartition(".")[2], table) for name, table in _tables(model)]
+    whole = sorted(name for name, t in tables if t.weight.requires_grad)
+    tokens = {name: list(range(len(t.weight), len(t.weight) + len(t.rows))) for name, t in tables
+              if t.rows is not None and name not in whole}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "r": len(layers[0].A), "lora_alpha": layers[0].scale * len(layers[0].A),
         "lora_dropout": layers[0].dropout.p, "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "init_lora_weights": True,
         "target_modules": sorted({name.rpartition(".")[2] for name, _ in adapters(model)}),
-        "modules_to_save": sorted(whole) or None,
-        "trainable_token_indices": list(tokens[0]) if tokens and not whole else None,
+        "modules_to_save": whole or None,
+        # a list means the embedding, and a head tied to it; a head of its own has to be named
+        "trainable_token_indices": tokens if len(tokens) > 1 else next(iter(tokens.values()), None),
     }
     tensors = {name: torch.cat([p.detach() for p in parts]).cpu() for name, parts in _places(model).items()}
     save_file(dict(sorted(tensors.items())), folder / "adapter_model.safetensors", {"format": "pt"})
@@ -141,12 +145,13 @@ def save_peft(model: nn.Module, folder: str | Path, base: str = "") -> None:
 @torch.no_grad()
 def load_peft(model: nn.Module, folder: str | Path) -> None:
     """Reads a PEFT adapter into the model, wrapping its layers if they are bare, and anchors it there.
-    Every key must find its place and every place its key, with equal shapes: peft would only warn."""
+    Every key must find its place and every place its key, with equal shapes and the same scale, and
+    finite numbers (ValueError): peft would only warn."""
     folder = Path(folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config, tensors = _read(folder)
     if not any(True for _ in adapters(model)):
-        inject(model, config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"])
-    places, tensors = _places(model), load_file(folder / "adapter_model.safetensors")
+        inject(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), config["target_modules"])
+    places = _places(model)
     wrong = sorted(places.keys() ^ tensors.keys())
     wrong += [k for k in places if k in tensors and _shape(places[k]) != tuple(tensors[k].shape)]
     if wrong:
@@ -155,11 +160,38 @@ def load_peft(model: nn.Module, folder: str | Path) -> None:
             ("model", _shape(places[wrong[0]]) if wrong[0] in places else "-"))]
         raise ValueError(f"{folder} is not an adapter of this model\n{len(wrong)} tensors differ; "
                          f"{wrong[0]}: {', '.join(found)}\nuse the adapter's own base model, rank and targets")
+    _check_scale(model, config, folder)
     for name, parts in places.items():
         for part, values in zip(parts, tensors[name].split([len(p) for p in parts]), strict=True):
             part.copy_(values)
     for _, layer in adapters(model):
         layer.advance()
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no intact adapter\n{error}\nsave or download it again") from error
+    broken = sorted(name for name, t in tensors.items() if not t.isfinite().all())
+    missing = [name for name in ("r", "lora_alpha", "target_modules") if config.get(name) is None]
+    if broken or missing:
+        raise ValueError(f"{folder} holds no usable adapter\n" + (
+            f"{broken[0]} is not finite" if broken else f"adapter_config.json lacks {', '.join(missing)}")
+            + "\nsave or download it again")
+    return config, tensors
+
+
+def _check_scale(model: nn.Module, config: dict, folder: Path) -> None:
+    """No tensor's shape depends on the scale: a wrong one would go unseen."""
+    strange = [f"{name} = {config[name]!r}" for name in ("use_rslora", "alpha_pattern") if config.get(name)]
+    scale = config["lora_alpha"] / config["r"]
+    strange += [f"alpha / r is {scale:g} in the file, {layer.scale:g} in {name}"
+                for name, layer in adapters(model) if not math.isclose(layer.scale, scale)]
+    if strange:
+        raise ValueError(f"{folder} scales its adapter in another way\n{strange[0]}\n"
+                         "use an adapter of plain LoRA, with its own alpha and rank")
 
 
 def _tables(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

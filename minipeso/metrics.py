@@ -4,6 +4,7 @@ A rank is 1-based; 0 means that the target was not among the beams. Every user c
 """
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,14 +56,9 @@ def average(rows: list[dict]) -> dict[str, float | None]:
 def paired_interval(a: Tensor, b: Tensor, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """A 95 % interval of mean(a - b) by the paired bootstrap over users: a and b (n,) are the same
     users' values under two methods; n users are drawn with replacement, `draws` times."""
-    generator = torch.Generator().manual_seed(seed)
-    difference = (a - b).double()
-    n = len(difference)
+    n = len(a)
     # a mean over a resample depends only on how often each distinct difference was drawn
-    values, counts = difference.unique(return_counts=True)
-    drawn = torch.distributions.Multinomial(n, counts.double() / n)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        means = drawn.sample((draws,)) @ values / n  # (draws,)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    values, counts = np.unique((a - b).double().cpu().numpy(), return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, draws)  # (draws, distinct)
+    low, high = np.quantile(drawn @ values / n, [0.025, 0.975]).tolist()
     return low, high

@@ -13,7 +13,8 @@ from minipeso.config import BASES, CATEGORIES, Config, UsageError
 from minipeso.embed import llama_vectors, title_vectors
 from minipeso.hub import load_llama, read_config
 from minipeso.llama import Llama, LlamaConfig
-from minipeso.reviews import dataset_schema, item_text, read_items, read_reviews
+from minipeso.reviews import (REVIEW_FILES, dataset_schema, find_one, item_text, read_items, read_lines,
+                              read_reviews)
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.stages import Stage, cut, read_release, subset, user_disjoint
 from minipeso.synthetic import write_world
@@ -30,6 +31,16 @@ class Dataset:
     texts: list[str] | None  # one line an item; None where the source has none
     ids_file: Path | None  # semantic IDs that come with the data
     notes: list[str]  # rows skipped, doubles, ...: for stats.md
+    source: Path
+    users: list[str] | None = None  # the user's name in the source; None: its number
+
+    def raw(self, user: int, item: int) -> str:
+        """The source's own words on this user and item."""
+        if self.users is None:
+            return f"{self.source.name}: user {user}, item {item}"
+        both = self.users[user], self.keys[item]
+        file = find_one(self.source, REVIEW_FILES, "review file")
+        return next(line.strip() for _, line in read_lines(file) if all(key in line for key in both))
 
 
 def load_dataset(cfg: Config, folder: Path) -> Dataset:
@@ -67,7 +78,7 @@ def _from_release(folder: Path) -> Dataset:
         raise UsageError(f"D1 is missing\n{folder} begins with stage {stages[0].number}\n"
                          "add its block_0.json: the adapter is learnt on D1 first")
     highest = max(max(max(s.items), max((max(h) for h in s.history.values() if h), default=0)) for s in stages)
-    return Dataset(stages, [], [str(i) for i in range(highest + 1)], None, ids_file, [])
+    return Dataset(stages, [], [str(i) for i in range(highest + 1)], None, ids_file, [], folder)
 
 
 def _from_reviews(cfg: Config, folder: Path) -> Dataset:
@@ -83,7 +94,8 @@ def _from_reviews(cfg: Config, folder: Path) -> Dataset:
     notes = [f"{len(events.time):,} interactions read", f"{events.duplicates:,} repeated (user, item) rows dropped",
              f"{len(keys) - len(fields):,} of {len(keys):,} items without metadata: named by their key"]
     notes += [f"{count:,} rows skipped: {reason}" for reason, count in sorted(events.bad.items())]
-    return Dataset(stages, [], keys, [item_text(fields.get(key, {}), key) for key in keys], None, notes)
+    return Dataset(stages, [], keys, [item_text(fields.get(key, {}), key) for key in keys], None, notes,
+                   folder, events.users)
 
 
 def _span(years: str) -> tuple[int | None, int | None]:

@@ -99,7 +99,7 @@ class _BadRow(Exception):
     """One row that cannot be used; the text is the reason it is counted under."""
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number, line) of every line that is not blank; gzip is told by content, not by name."""
     with open(path, "rb") as raw:
         packed = raw.peek(2)[:2] == b"\x1f\x8b"
@@ -212,7 +212,7 @@ def read_reviews(path: str | Path, start: int | None = None,
     Errors: ValueError (over 1 % bad, times in seconds, nothing in the span), FileNotFoundError.
     """
     path = find_one(path, REVIEW_FILES, "review file")
-    lines, parse, bad = _lines(path), _json_review, {}
+    lines, parse, bad = read_lines(path), _json_review, {}
     if ".csv" in path.suffixes[-2:]:
         parse = _csv_review(path, next(lines, (1, ""))[1])
     user_ids, item_ids = {}, {}
@@ -267,7 +267,7 @@ def read_items(path: str | Path, keep: set[str] | None = None) -> dict[str, dict
     """
     path = find_one(path, META_FILES, "metadata file")
     items: dict[str, dict] = {}
-    for key, fields in _parsed(path, _lines(path), _json_item, {}):
+    for key, fields in _parsed(path, read_lines(path), _json_item, {}):
         if keep is not None and key not in keep:
             continue
         if key not in items or repr(items[key]) < repr(fields):

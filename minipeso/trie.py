@@ -20,8 +20,8 @@ class Trie:
 
     def __init__(self, codes: Tensor, n_codes: int = 256):
         codes = torch.as_tensor(codes).long()
-        if codes.ndim != 2 or not len(codes):
-            raise ValueError(f"a trie needs codes of shape (n_items >= 1, L), got {tuple(codes.shape)}")
+        if codes.ndim != 2 or not codes.numel():
+            raise ValueError(f"a trie needs codes of shape (n_items >= 1, L >= 1), got {tuple(codes.shape)}")
         if codes.min() < 0 or codes.max() >= n_codes:
             raise ValueError(f"codes must lie in 0..{n_codes - 1}, found {codes.min()}..{codes.max()}")
         self.n_codes, self.levels = n_codes, codes.shape[1]

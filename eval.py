@@ -1,0 +1,81 @@
+"""The table of finished runs, side by side.
+
+    python eval.py RUN [RUN ...]            Hit@10 per stage, all metrics averaged, differences with intervals
+    python eval.py RUN RUN --json F --csv F the same numbers for a program
+    python eval.py RUN RUN --plot F.png     Hit@10 over the stages (needs matplotlib: pip install -e '.[plot]')
+
+A run folder is what train.py --out left; the methods it was compared with lie inside it and are shown too.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+from minipeso import report
+from minipeso.config import UsageError, guard
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    for kind in ("json", "csv", "plot"):
+        parser.add_argument(f"--{kind}", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    loaded = collect(args.runs)
+    runs = {name: result for name, (result, _) in loaded.items()}
+    print(report.tables(runs, {name: ranks for name, (_, ranks) in loaded.items()}))
+    if args.json:
+        report.write_json(args.json, runs)
+    if args.csv:
+        write_csv(args.csv, runs)
+    if args.plot:
+        plot(args.plot, runs)
+
+
+def collect(folders: list[Path]) -> dict[str, tuple[dict, dict]]:
+    """{name: (results, ranks)}: the method's name, with the folder's where two runs share a method.
+    Runs over other stages or users cannot be compared, and are refused."""
+    inner = [run.parent for folder in folders for run in sorted(folder.glob("*/results.json"))]
+    found = [(folder, report.load(folder)) for folder in [*inner, *folders]]
+    methods = [result["config"]["method"] for _, (result, _) in found]
+    named = {}
+    for (folder, run), method in zip(found, methods):
+        named[method if methods.count(method) == 1 else f"{method} {folder}"] = run
+    sizes = {name: [row["users"] for row in result["stages"].values()] for name, (result, _) in named.items()}
+    (first, users), *others = sizes.items()
+    for name, other in others:
+        if other != users:
+            raise UsageError(f"these runs have other test users\n{first}: {users}; {name}: {other}\n"
+                             "compare runs of one data set, split and --users")
+    return named
+
+
+def write_csv(path: Path, runs: dict[str, dict]) -> None:
+    """One row a method and stage (or average)."""
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["run", "stage", *report.METRICS, "se_hit@10"])
+        for name, run in runs.items():
+            for stage, row in [*run["stages"].items(), *run["average"].items()]:
+                table.writerow([name, stage, *(row[metric] for metric in report.METRICS), row["se_hit@10"]])
+
+
+def plot(path: Path, runs: dict[str, dict]) -> None:
+    """Hit@10 over the stages, with bars of one standard error."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise UsageError(f"--plot needs matplotlib\n{error}\npip install -e '.[plot]'") from error
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for i, (name, run) in enumerate(runs.items()):
+        rows = [(int(t) + 0.05 * i, row) for t, row in run["stages"].items() if row["users"]]
+        axes.errorbar([t for t, _ in rows], [row["hit@10"] for _, row in rows],
+                      [row["se_hit@10"] for _, row in rows], label=name, marker="o", capsize=3)
+    axes.set(xlabel="stage", ylabel="Hit@10 (± 1 s.e.)", xticks=[int(t) for t in run["stages"]], ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    guard(main)
