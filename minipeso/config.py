@@ -64,15 +64,15 @@ class Config:
     learn_end: bool = False  # Release: <|end_of_text|> is part of the answer. Eq. 2: the item alone
     temperature: float = 1.0  # of the training logits; Release: 0.8
     # a base trained from scratch on D0, the stand-in for the pretrained LLM; 0 layers: a checkpoint
-    hidden: int = 0
-    layers: int = 0
-    heads: int = 0
-    kv_heads: int = 0
-    intermediate: int = 0
+    hidden: int = 0  # width of the residual stream
+    layers: int = 0  # blocks of attention and MLP
+    heads: int = 0  # of attention
+    kv_heads: int = 0  # of keys and values; divides heads
+    intermediate: int = 0  # width of the MLP
     base_share: float = 0.5  # ours: D0 is the training pairs of this share of D1's users
-    base_epochs: int = 0
-    base_lr: float = 0.0
-    base_batch: int = 128
+    base_epochs: int = 0  # over D0; the best one is kept
+    base_lr: float = 0.0  # with the adapter's warm-up and cosine
+    base_batch: int = 128  # pairs a step
     # the adapter and its training
     rank: int = 8  # Release
     alpha: float = 16.0  # Release
@@ -94,8 +94,8 @@ class Config:
     eval_batch: int = 64  # users searched at once; changes speed, not results
     hit: str = "item"  # the item itself. Release: the ID, shared or not
     # the demo's world (synthetic.py)
-    world_users: int = 2000
-    world_items: int = 600
+    world_users: int = 2000  # of stage 1; a sixth of them, half new, at each later one
+    world_items: int = 600  # a fifth of them appears after stage 1
     world_alpha: float = 0.5  # Eq. 15: how much of a user's taste survives a stage
     # what not to do
     dry_run: bool = False  # print everything that would happen, then stop

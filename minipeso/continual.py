@@ -137,7 +137,7 @@ def learn_stage(model: Llama, method: Method, stages: list[Stage], template: Tem
                 base: Snapshot, log: Log) -> None:
     """Stage t = len(stages) >= 2, from the model of stage t - 1 (v_t <- v_{t-1}): what cfg.later_trains
     names, at cfg.later_lr of the rate, with the method's penalty. One that restarts goes to `base`."""
-    data = [stage for stage in method.data(stages) if stage.current]
+    data = [stage for stage in method.data(stages) if examples(stage, "train", cfg.window)]
     if not data:
         return
     if method.restart:
@@ -176,6 +176,8 @@ def restore(model: Llama, saved: Snapshot) -> None:
     rewrap(model, LoRALinear)
     if saved.tied:
         model.lm_head = model.model.embed_tokens
+    else:
+        model.untie()
     state = model.state_dict()
     for name, tensor in saved.tensors.items():
         state[name].copy_(tensor)
@@ -207,7 +209,7 @@ def train_stage(model: Llama, train: list[Example], valid: list[Example], templa
     optimiser = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=cfg.weight_decay, fused=True)
     data, checks = rows(train, template), rows(valid, template)
     steps = plan.epochs * math.ceil(len(train) / plan.batch)
-    best, step = (math.inf, []), 0
+    best, step = (math.inf, parameters), 0
     for epoch in range(plan.epochs):
         seed = (cfg.seed * 1009 + plan.stage) * 1009 + epoch
         torch.manual_seed(seed)  # dropout's only source
@@ -218,6 +220,9 @@ def train_stage(model: Llama, train: list[Example], valid: list[Example], templa
             step += 1
             log({"stage": plan.stage, "epoch": epoch, "step": step, "steps": steps, **record})
         loss = mean_loss(model, checks, cfg.temperature)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the validation loss is no longer finite at stage {plan.stage}\n"
+                                     f"found {loss} after epoch {epoch}\nlower --lr or --lambda")
         log({"stage": plan.stage, "epoch": epoch, "step": step, "steps": steps, "valid_ce": loss,
              "last": epoch == plan.epochs - 1})
         if loss < best[0]:

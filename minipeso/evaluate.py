@@ -54,7 +54,7 @@ class Ranker:
 
     def _ranks(self, found: Tensor, targets: list[int]) -> Tensor:
         """found (n, beams) keys, best first -> ranks (n,)."""
-        own = torch.tensor([self.key_of[t] for t in targets])[:, None]  # (n, 1)
+        own = torch.tensor([self.key_of.get(t, -2) for t in targets])[:, None]  # (n, 1); -2: not known
         match = found == own  # (n, beams)
         if self.hit == "id":
             before = match.long().argmax(1)
@@ -62,7 +62,7 @@ class Ranker:
             size = torch.searchsorted(self.keys, found, right=True) - torch.searchsorted(self.keys, found)
             size = size.masked_fill(found < 0, 0)  # (n, beams): items of each ID
             ahead = (size.cumsum(1) - size).gather(1, match.long().argmax(1)[:, None])[:, 0]
-            place = torch.tensor([self.place[t] for t in targets])
+            place = torch.tensor([self.place.get(t, 0) for t in targets])
             before = ahead + place - torch.searchsorted(self.keys, own)[:, 0]
         return torch.where(match.any(1), before + 1, 0)
 

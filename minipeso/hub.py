@@ -52,7 +52,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
                                 "download the checkpoint again")
     try:
         return LlamaConfig.from_dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a Llama that minipeso knows\n{error}\n"
                          "use a Llama 3 checkpoint") from error
 
@@ -62,8 +62,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, TypeError, KeyError) as error:
+            names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{index} is no index of shards\nits weight_map cannot be read: {error!r}\n"
                              "download the checkpoint again") from error
         strange = [name for name in names if not SHARD.fullmatch(name)]

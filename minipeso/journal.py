@@ -16,8 +16,7 @@ class Journal:
     validation, becomes a line of metrics.jsonl."""
 
     def __init__(self, path: Path, name: str):
-        self.name, self.bar, self.rate = name, None, 0.0
-        self.file = open(path, "a", buffering=1)
+        self.path, self.name, self.bar = path, name, None
 
     def __call__(self, record: dict) -> None:
         if self.bar is None:
@@ -34,7 +33,8 @@ class Journal:
             self.bar.set_postfix_str(f"ce {record['ce']:.3f}, prox {record['prox']:.1e}, prox/ce "
                                      f"{record['prox_ce_ratio']:.1e}, lr {record['lr']:.1e}, {rate:,.0f} tok/s", False)
         if "valid_ce" in record or record["step"] % EVERY == 1:
-            self.file.write(json.dumps({"name": self.name, **record}, allow_nan=False) + "\n")
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"name": self.name, **record}, allow_nan=False) + "\n")
 
 
 def counter(name: str, total: int, unit: str) -> Callable[[int], None]:

@@ -128,6 +128,9 @@ def llama_config(cfg: Config) -> LlamaConfig:
 def load_model(cfg: Config) -> Llama:
     """The base: a checkpoint, or random weights still to be trained on D_0."""
     device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"there is no GPU that torch {torch.__version__} can use\nfound --device cuda\n"
+                         "use --device cpu, or a torch built for your GPU")
     dtype = getattr(torch, cfg.dtype.replace("auto", "bfloat16" if device == "cuda" else "float32"))
     if from_scratch(cfg):
         generator = torch.Generator().manual_seed(cfg.seed)
@@ -141,7 +144,15 @@ def load_tokenizer(cfg: Config) -> Tokenizer | None:
     path = Path(cfg.base) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing\nthe prompt is text and needs it\ndownload the checkpoint again")
-    return Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower one
+        raise UsageError(f"{path} is no tokenizer\n{error}\ndownload the checkpoint again") from error
+    words, rows = tokenizer.get_vocab_size(), read_config(cfg.base).vocab_size
+    if words != rows:  # the codes' tokens come right behind the words
+        raise UsageError(f"vocabulary and checkpoint do not match\n{path} has {words:,} tokens, config.json {rows:,}\n"
+                         "use the tokenizer.json that belongs to these weights")
+    return tokenizer
 
 
 def semantic_ids(cfg: Config, data: Dataset, model: Llama, tokenizer: Tokenizer | None,

@@ -49,8 +49,9 @@ def write_json(path: Path, value) -> None:
 def begin(out: Path, cfg: Config) -> None:
     """A new run in `out`: config.json is written, and what an older run left there is void."""
     out.mkdir(parents=True, exist_ok=True)
-    for folder in (out, *(folder_of(out, cfg, name) for name in cfg.methods)):
-        (folder / "results.json").unlink(missing_ok=True)
+    for old in (out / "results.json", *out.glob("*/results.json")):
+        if old.parent == out or not (old.parent / "config.json").is_file():  # else: a run of its own, not a method's
+            old.unlink(missing_ok=True)
     (out / "metrics.jsonl").write_text("")
     write_json(out / "config.json", dataclasses.asdict(cfg) | {"versions": versions()})
 
@@ -99,32 +100,39 @@ def tables(runs: dict[str, dict], ranks: dict[str, dict[str, Tensor]]) -> str:
 def stage_table(runs: dict[str, dict]) -> str:
     """Hit@10 per stage, each with its standard error over users; random and popularity beside it."""
     first = next(iter(runs.values()))
-    stages = list(first["stages"])
-    lines = [_line(["Hit@10 ± s.e.", *(f"D{t}" for t in stages)]), _rule(len(stages))]
-    lines.append(_line(["test users", *(f"{first['stages'][t]['users']:,}" for t in stages)]))
-    for name in ("random", "popularity"):
-        lines.append(_line([name, *(_number(first["references"][t][name]) for t in stages)]))
-    for name, run in runs.items():
-        cells = [f"{_number(row['hit@10'])} ± {_number(row['se_hit@10'])}" for row in run["stages"].values()]
-        lines.append(_line([name, *cells]))
-    return "\n".join(lines)
+    stages, references = first["stages"], first["references"]
+    table = [["Hit@10 ± s.e.", *(f"D{t}" for t in stages)],
+             ["test users", *(f"{row['users']:,}" for row in stages.values())]]
+    table += [[name, *(_number(references[t][name]) for t in stages)] for name in ("random", "popularity")]
+    table += [[name, *(f"{_number(row['hit@10'])} ± {_number(row['se_hit@10'])}" for row in run["stages"].values())]
+              for name, run in runs.items()]
+    return markdown(table)
 
 
 def summary_table(runs: dict[str, dict]) -> str:
     """The paper's Table 2 form: every metric averaged over D2-D4 and over D2-D5, best **bold**,
     second best _underlined_."""
     columns = [(span, metric) for span in next(iter(runs.values()))["average"] for metric in METRICS]
-    lines = [_line(["mean over stages", *(f"{m[0].upper()}@{m.partition('@')[2]} {span}" for span, m in columns)]),
-             _rule(len(columns))]
-    values = {name: [run["average"][span][metric] for span, metric in columns] for name, run in runs.items()}
-    for name, row in values.items():
-        cells = []
-        for value, rivals in zip(row, zip(*values.values())):
-            order = sorted({v for v in rivals if v is not None}, reverse=True)
-            mark = "**" if value == order[0] else "_" if value in order[1:2] else "" if value is not None else ""
-            cells.append(f"{mark}{_number(value)}{mark}" if len(runs) > 1 else _number(value))
-        lines.append(_line([name, *cells]))
-    return "\n".join(lines)
+    values = [[run["average"][span][metric] for span, metric in columns] for run in runs.values()]
+    marked = zip(*(_marked(column) for column in zip(*values)))
+    head = ["mean over", *(f"{metric[0].upper()}@{metric.partition('@')[2]} {span}" for span, metric in columns)]
+    return markdown([head, *([name, *cells] for name, cells in zip(runs, marked))])
+
+
+def _marked(column: tuple[float | None, ...]) -> list[str]:
+    """Numbers as text, the best two marked; nothing to mark where there is no rival."""
+    best = sorted({v for v in column if v is not None}, reverse=True)[:2]
+    marks = dict(zip(best, ("**", "_"))) if len(column) > 1 else {}
+    return [f"{marks.get(v, '')}{_number(v)}{marks.get(v, '')}" for v in column]
+
+
+def markdown(table: list[list[str]]) -> str:
+    """Rows of cells as an aligned markdown table; the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["| " + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"
+             for row in table]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def differences(ranks: dict[str, dict[str, Tensor]], to: str) -> str:
@@ -140,14 +148,6 @@ def differences(ranks: dict[str, dict[str, Tensor]], to: str) -> str:
             word = "within the noise" if low <= 0 <= high else "beyond the noise"
             lines.append(f"{name} - {to}: Hit@10 {(a - b).mean():+.4f}, 95 % interval {low:+.4f} .. {high:+.4f}, {word}")
     return "\n".join(lines)
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join([f"{cells[0]:<14}", *(f"{cell:>15}" for cell in cells[1:])]) + " |"
-
-
-def _rule(columns: int) -> str:
-    return "|" + "-" * 16 + "|" + ("-" * 16 + ":|") * columns
 
 
 def _number(value: float | None) -> str:

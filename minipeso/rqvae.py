@@ -115,8 +115,16 @@ def quantise_residuals(z: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assign(distances: Tensor, eps: float, iterations: int) -> Tensor:
-    """Nearest code, or with eps > 0 the largest in the Sinkhorn plan. (..., n, K) -> (..., n)"""
-    return sinkhorn(distances, eps, iterations).argmax(-1) if eps else distances.argmin(-1)
+    """Nearest code, or with eps > 0 the largest share of the Sinkhorn plan. (..., n, K) -> (..., n)
+
+    With fewer rows than codes a row has several codes to itself, all with the share n / K. Release:
+    the argmax, so rounding picks one. Here: the nearest of them.
+    """
+    if not eps:
+        return distances.argmin(-1)
+    plan = sinkhorn(distances, eps, iterations)
+    largest = plan >= plan.amax(-1, keepdim=True) * (1 - 1e-6)
+    return distances.where(largest, torch.inf).argmin(-1)
 
 
 def sinkhorn(distances: Tensor, eps: float = 0.003, iterations: int = 50) -> Tensor:
@@ -147,8 +155,7 @@ def kmeans(x: Tensor, k: int, generator: torch.Generator, iterations: int = 20) 
     """Lloyd's k-means from k-means++ seeds. (n, d) -> (k, d)
 
     A cluster that loses its last item moves to the item farthest from its centre. With fewer than k
-    distinct items every one of them is a centre and the other centres repeat some: never NaN, and
-    never chosen, since argmin takes the first of equals.
+    distinct items every one of them is a centre and the other centres repeat some: never NaN.
     """
     centres = kmeans_plus_plus(x, k, generator)
     for _ in range(iterations):

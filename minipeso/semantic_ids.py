@@ -50,11 +50,11 @@ class SemanticIDs:
             seed: int = 0, unique: bool = True, **training) -> SemanticIDs:
         """k-means start, RQ-VAE, greedy codes, collision repair. vectors (n_items, d)
 
-        Runs on the device of `vectors`. The ID of an item depends on the set of vectors and the
-        seed, not on the order of the items; only items with *identical* vectors share out their IDs
-        by item id. unique = False ends after the Release's repair, which leaves such items on one
-        ID. training: lr, batch, progress, beta, ... of `rqvae.train`. The defaults suit
-        `title_vectors` on a CPU; Release: rqvae.RELEASE_HIDDEN, 20,000 epochs.
+        Runs on the device of `vectors`. An ID depends on the set of vectors and the seed, not on
+        the order of the items; only items with *identical* vectors share out theirs by item id.
+        unique: True, our repair (`move_to_free`); False, the Release's (`reassign_groups`), which
+        leaves identical items on one ID. training: lr, batch, progress, beta, ... of `rqvae.train`.
+        The defaults suit `title_vectors` on a CPU; Release: rqvae.RELEASE_HIDDEN, 20,000 epochs.
         """
         x = torch.as_tensor(vectors, dtype=torch.float32)
         order = canonical_order(x.cpu().numpy())
@@ -66,9 +66,8 @@ class SemanticIDs:
         with torch.no_grad():
             z, codebooks = model.encoder(x).cpu(), model.codebooks.cpu()  # (n, d), (L, K, d)
             greedy, residuals = quantise_residuals(z, codebooks)  # (n, L), (L + 1, n, d)
-            ids = reassign_groups(greedy, residuals[-2], codebooks[-1])
-            if unique:
-                ids = move_to_free(ids, z, codebooks)
+            ids = (move_to_free(greedy, z, codebooks) if unique
+                   else reassign_groups(greedy, residuals[-2], codebooks[-1]))
         by_item = torch.empty_like(ids)
         by_item[order] = ids
         return cls(by_item, codes, collisions(greedy))
@@ -149,8 +148,9 @@ def standardise(x: Tensor, rms: float = 0.05) -> Tensor:
     """Centred and scaled by one factor to a root mean square of `rms`. (n, d) -> (n, d)
 
     Nearest neighbours stay what they are. Release: as the vectors come. Here: AdamW moves a
-    codeword by about lr a step whatever the scale, so the scale decides how fast codebooks follow
-    the encoder. MEASURED
+    codeword by about lr a step at any scale, so the scale decides whether the codebooks lag behind
+    the encoder (too large) or jitter (too small). Greedy collisions of 9,671 titles after 100
+    epochs, lr 1e-3: 771 at rms 0.05; 1,475 at 1; 2,644 at 0.01, with a level of 43 codes.
     """
     x = x - x.mean(0)
     scale = x.pow(2).mean().sqrt()
@@ -161,8 +161,8 @@ def reassign_groups(codes: Tensor, residual: Tensor, codebook: Tensor, rounds: i
                     eps: float = 0.003, iterations: int = 50) -> Tensor:
     """The Release's repair: the items on one ID share out new last codes by Sinkhorn. -> (n, L)
 
-    codes (n, L); residual (n, d), codebook (K, d): what the last level quantises, and with what. Up
-    to `rounds` times, since an item can move onto another's ID. Equal residuals cannot be parted.
+    codes (n, L); residual (n, d), codebook (K, d): what the last level quantises, and with what.
+    Up to `rounds` times, since an item can move onto another's ID. Cannot part equal residuals.
     """
     for _ in range(rounds):
         _, group, size = codes.unique(dim=0, return_inverse=True, return_counts=True)
@@ -179,11 +179,12 @@ def reassign_groups(codes: Tensor, residual: Tensor, codebook: Tensor, rounds: i
 
 
 def move_to_free(codes: Tensor, z: Tensor, codebooks: Tensor) -> Tensor:
-    """Of the items on one ID the first stays, each other takes its `nearest_free` ID. -> (n, L)
+    """Our repair: of the items on one ID the first stays, each other takes its `nearest_free`.
 
-    codes (n, L), z (n, d), codebooks (L, K, d). Paper: silent. Release: items left on one ID stay
-    there. Here: an ID is one item. The loop is over the items left colliding: each takes a place
-    from the next.
+    codes (n, L), z (n, d), codebooks (L, K, d) -> (n, L). Paper: silent. Release:
+    `reassign_groups`, and what still collides stays so. Here: an ID is one item, and the new last
+    code keeps a meaning: on 9,671 titles it is, in the median, the 2nd nearest of 256, in the
+    Release the 119th. The loop is over colliding items only; each takes a place from the next.
     """
     K, L = codebooks.shape[1], len(codebooks)
     if len(codes) > K**L:

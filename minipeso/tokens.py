@@ -180,6 +180,8 @@ def batches(rows: list[Row], pairs: int, generator: torch.Generator, pool: int =
     Rows are shuffled, cut into pools of `pool` batches, sorted by length inside a pool (so that
     little is padded), and cut into batches, which are shuffled again.
     """
+    if not rows:
+        return []
     order = torch.randperm(len(rows), generator=generator).numpy()
     count, length = (np.array([f(rows[i]) for i in order]) for f in (lambda r: r.pairs, lambda r: len(r.ids)))
     in_pool = (count.cumsum() - 1) // (pairs * pool)

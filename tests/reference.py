@@ -43,16 +43,18 @@ def full_matrix_sinkhorn(distances, eps: float, iterations: int):
 
 
 def release_repair(codes, residual, codebook, rounds: int):
-    """The Release's collision repair with a dict of groups: one group, one full Sinkhorn, item by item."""
+    """The Release's collision repair, one group and one row at a time; of equal shares the nearest code."""
     codes = codes.clone()
     for _ in range(rounds):
         groups = {}
         for item, code in enumerate(codes.tolist()):
             groups.setdefault(tuple(code), []).append(item)
-        for items in groups.values():
-            if len(items) > 1:
-                distances = ((residual[items][:, None] - codebook[None]) ** 2).sum(2)
-                codes[items, -1] = full_matrix_sinkhorn(distances, 0.003, 50).argmax(1)
+        for items in (items for items in groups.values() if len(items) > 1):
+            distances = ((residual[items][:, None] - codebook[None]) ** 2).sum(2)
+            plan = full_matrix_sinkhorn(distances, 0.003, 50).tolist()
+            for item, share, distance in zip(items, plan, distances.tolist()):
+                best = [k for k in range(len(share)) if share[k] > max(share) * (1 - 1e-6)]
+                codes[item, -1] = min(best, key=distance.__getitem__)
     return codes
 
 
@@ -160,3 +162,19 @@ def dict_trie(rows) -> dict:
         for code in row:
             node = node.setdefault(int(code), {})
     return trie
+
+
+@torch.no_grad()
+def slow_beam(model: Llama, prompt: list[int], trie: dict, first_token: int, n_codes: int,
+              beams: int) -> list[tuple[float, tuple[int, ...]]]:
+    """(score, codes), best first: every prefix kept is run through the whole model, from its start."""
+    kept, level = [(0.0, (), trie)], 0
+    while any(node for _, _, node in kept):
+        grown = []
+        for score, codes, node in kept:
+            ids = prompt + [first_token + i * n_codes + c for i, c in enumerate(codes)]
+            log_p = model(torch.tensor([ids]))[0, -1].double().log_softmax(-1)
+            grown += [(score + log_p[first_token + level * n_codes + c].item(), (*codes, c), child)
+                      for c, child in node.items()]
+        kept, level = sorted(grown, key=lambda entry: -entry[0])[:beams], level + 1
+    return [(score, codes) for score, codes, _ in kept]

@@ -1,0 +1,206 @@
+"""Beam search against scoring every item, a slow search that keeps no cache, and transformers' generate()."""
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minipeso.beam import beam_search
+from minipeso.hub import load_llama
+from minipeso.llama import Llama
+from minipeso.lora import adapter_parameters, inject
+from minipeso.trie import Trie
+from tests.reference import answer_log_p, dict_trie, slow_beam, toy_llama, transformers_llama
+
+N_CODES = 8
+
+
+def catalogue(items: int, levels: int = 4, seed: int = 0) -> torch.Tensor:
+    """(items, levels) codes, all different, in no order."""
+    order = torch.randperm(N_CODES**levels, generator=torch.Generator().manual_seed(seed))[:items]
+    return torch.stack([order // N_CODES**level % N_CODES for level in range(levels)], 1)
+
+
+def model_for(levels: int = 4, dtype=torch.float64, seed: int = 0, text: int = 1) -> Llama:
+    """A toy Llama whose vocabulary is `text` other tokens and the codes behind them."""
+    return toy_llama(seed, dtype, vocab_size=text + levels * N_CODES)
+
+
+def prompts(lengths, seed: int = 0, vocab: int = 1 + N_CODES) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab, (length,), generator=generator) for length in lengths]
+
+
+def ranked(model: Llama, prompt: torch.Tensor, codes: torch.Tensor, first_token: int) -> list[tuple]:
+    """(log p, codes) of every different item, best first: the exhaustive answer."""
+    found = [(answer_log_p(model, prompt.tolist(), [first_token + i * N_CODES + c for i, c in enumerate(item)]), item)
+             for item in set(map(tuple, codes.tolist()))]
+    return sorted(found, reverse=True)
+
+
+# ---- what it finds
+
+
+@pytest.mark.parametrize("levels, items, first_token", [(4, 40, 1), (1, 5, 1), (2, 30, 11), (3, 1, 4)])
+def test_a_wide_beam_ranks_every_item(levels, items, first_token):
+    """With as many beams as items: all items, in the order and with the log-probabilities of a
+    teacher-forced forward each, to 1e-10."""
+    model, codes = model_for(levels, text=first_token), catalogue(items, levels)
+    batch = prompts([9, 1, 4])
+    found, scores = beam_search(model, batch, Trie(codes, N_CODES), first_token, beams=items)
+    assert found.shape == (3, items, levels) and scores.shape == (3, items)
+    for i, prompt in enumerate(batch):
+        want = ranked(model, prompt, codes, first_token)
+        assert list(map(tuple, found[i].tolist())) == [item for _, item in want]
+        error = (scores[i] - torch.tensor([p for p, _ in want], dtype=torch.float64)).abs().max()
+        assert error <= 1e-10, f"scores off by {error:.1e}"
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(items=st.integers(1, 60), levels=st.integers(1, 5), beams=st.integers(1, 12), seed=st.integers(0, 99),
+       length=st.integers(1, 6))
+def test_a_narrow_beam_equals_a_slow_one(items, levels, beams, seed, length):
+    """Any width over any catalogue: what a search finds that runs every prefix from its start."""
+    items = min(items, N_CODES**levels)
+    model, codes = model_for(levels, seed=seed % 3), catalogue(items, levels, seed)
+    prompt, = prompts([length], seed, 1 + levels * N_CODES)
+    want = slow_beam(model, prompt.tolist(), dict_trie(codes), 1, N_CODES, beams)
+    found, scores = beam_search(model, [prompt], Trie(codes, N_CODES), 1, beams)
+    assert found.shape == (1, beams, levels)
+    assert list(map(tuple, found[0, :len(want)].tolist())) == [item for _, item in want]
+    assert torch.allclose(scores[0, :len(want)], torch.tensor([p for p, _ in want], dtype=scores.dtype), atol=1e-10)
+    assert (found[0, len(want):] == -1).all() and (scores[0, len(want):] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("items, text", [(300, 1), (25, 40)])
+def test_equal_to_transformers_generate(tmp_path, items, text):
+    """The same ten items in the same order as generate() with a prefix function, scores within 1e-4."""
+    peer = transformers_llama(vocab_size=text + 4 * N_CODES)
+    peer.save_pretrained(tmp_path)
+    codes, batch = catalogue(items), prompts([30] * 6, vocab=text + 4 * N_CODES)
+    token = codes + text + N_CODES * torch.arange(4)
+    nested = dict_trie(token)
+
+    def allowed(_, ids):
+        node = nested
+        for t in ids[30:].tolist():
+            node = node[t]
+        return list(node)
+
+    out = peer.generate(torch.stack(batch), attention_mask=torch.ones(6, 30).long(), prefix_allowed_tokens_fn=allowed,
+                        num_beams=10, num_return_sequences=10, max_new_tokens=4, do_sample=False, length_penalty=0.0,
+                        early_stopping=False, pad_token_id=0, return_dict_in_generate=True, output_scores=True)
+    want = out.sequences[:, 30:].view(6, 10, 4) - text - N_CODES * torch.arange(4)
+    found, scores = beam_search(load_llama(tmp_path), batch, Trie(codes, N_CODES), text)
+    error = (scores - out.sequences_scores.view(6, 10)).abs().max()
+    assert torch.equal(found, want), f"{(found != want).any(-1).sum()} of 60 items differ"
+    assert error <= 1e-4, f"scores off by {error:.1e}"
+
+
+# ---- what holds for any model
+
+
+def test_every_id_exists_once_and_scores_fall():
+    """Each user's ten are different items of the catalogue, best first."""
+    codes = catalogue(200)
+    found, scores = beam_search(model_for(), prompts(range(1, 21)), Trie(codes, N_CODES), 1)
+    known = set(map(tuple, codes.tolist()))
+    for user in found.tolist():
+        assert len(set(map(tuple, user))) == 10 and set(map(tuple, user)) <= known
+    assert (scores.diff(dim=1) <= 0).all() and scores.isfinite().all()
+
+
+def test_scores_are_probabilities_of_the_whole_vocabulary():
+    """Over all items exp(score) sums to less than 1 (the rest is the probability of what is no item),
+    and over the complete code space to at most that of its own tokens: nothing is renormalised."""
+    model = model_for(2, text=5)
+    some, every = catalogue(10, 2), catalogue(N_CODES**2, 2)
+    prompt = prompts([6])
+    sums = [beam_search(model, prompt, Trie(c, N_CODES), 5, beams=len(c))[1].exp().sum().item() for c in (some, every)]
+    first = model(prompt[0][None])[0, -1].softmax(-1)[5:5 + N_CODES].sum().item()
+    assert 0 < sums[0] < sums[1] < first < 1, f"{sums}, first codes {first}"
+
+
+def test_shared_ids_are_found_once():
+    """Items with the same codes are one ID: no duplicates among the beams."""
+    codes = catalogue(12)
+    a = beam_search(model_for(), prompts([5, 8]), Trie(codes, N_CODES), 1)
+    b = beam_search(model_for(), prompts([5, 8]), Trie(torch.cat([codes, codes[:7], codes[:7]]), N_CODES), 1)
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("items, levels", [(1, 4), (3, 4), (9, 2), (7, 1)])
+def test_fewer_items_than_beams(items, levels):
+    """All items, each once and with its true score; the tail is code -1 and score -inf, never nan."""
+    codes = catalogue(items, levels, seed=4)
+    model, batch = model_for(levels), prompts([3, 7])
+    found, scores = beam_search(model, batch, Trie(codes, N_CODES), 1, beams=10)
+    assert found.shape == (2, 10, levels) and scores.shape == (2, 10) and not scores.isnan().any()
+    for i, prompt in enumerate(batch):
+        want = ranked(model, prompt, codes, 1)
+        assert list(map(tuple, found[i, :items].tolist())) == [item for _, item in want]
+        assert torch.allclose(scores[i, :items], torch.tensor([p for p, _ in want], dtype=torch.float64), atol=1e-10)
+    assert (found[:, items:] == -1).all() and (scores[:, items:] == -torch.inf).all()
+
+
+def test_uneven_branches():
+    """Prefixes with one child beside prefixes with many: dead ends are neither kept nor counted."""
+    codes = torch.tensor([[0, 0, 0], *([1, a, b] for a in range(3) for b in range(8)), [2, 5, 1], [7, 7, 7]])
+    model, batch = model_for(3), prompts([4, 9, 2], seed=1)
+    found, scores = beam_search(model, batch, Trie(codes, N_CODES), 1, beams=40)
+    for i, prompt in enumerate(batch):
+        want = ranked(model, prompt, codes, 1)
+        assert list(map(tuple, found[i, :27].tolist())) == [item for _, item in want]
+        assert (found[i, 27:] == -1).all() and scores[i, 26].isfinite() and (scores[i, 27:] == -torch.inf).all()
+
+
+# ---- what must not matter
+
+
+def test_prompts_of_any_lengths_are_as_each_alone():
+    """Padding, neighbours and their order have no influence; a prompt of <bos> alone works."""
+    model, trie = model_for(), Trie(catalogue(150), N_CODES)
+    batch = [torch.tensor([0]), *prompts([1, 12, 3, 33, 7, 2, 20])]
+    found, scores = beam_search(model, batch, trie, 1)
+    for size in (1, 3):
+        for start in range(0, 8, size):
+            some = beam_search(model, batch[start:start + size], trie, 1)
+            assert torch.equal(some[0], found[start:start + size])
+            assert (some[1] - scores[start:start + size]).abs().max() <= 1e-12
+    back = beam_search(model, batch[::-1], trie, 1)
+    assert torch.equal(back[0].flip(0), found) and (back[1].flip(0) - scores).abs().max() <= 1e-12
+
+
+def test_narrower_is_no_better():
+    """The best score found by more beams is never below that found by fewer."""
+    model, trie, batch = model_for(), Trie(catalogue(400), N_CODES), prompts([6] * 8)
+    best = [beam_search(model, batch, trie, 1, beams)[1][:, 0] for beams in (1, 10, 400)]
+    assert (best[2] >= best[0] - 1e-12).all() and (best[2] >= best[1] - 1e-12).all()
+
+
+def test_adapters_and_new_tokens_take_part():
+    """On a grown, adapted model the codes are the tokens behind the text, and scores follow the adapter."""
+    model = toy_llama(vocab_size=50)
+    model.grow(4 * N_CODES, torch.Generator().manual_seed(0), std=0.3)
+    inject(model, 2, 4.0, generator=torch.Generator().manual_seed(0))
+    codes, batch = catalogue(20), prompts([11, 6], vocab=50)
+    before = beam_search(model, batch, Trie(codes, N_CODES), 50, beams=20)[1]
+    with torch.no_grad():
+        for i, p in enumerate(adapter_parameters(model)):
+            p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    model.double()  # one dtype for the cached and the plain forward
+    found, scores = beam_search(model, batch, Trie(codes, N_CODES), 50, beams=20)
+    assert (scores - before).abs().max() > 0.1
+    for i, prompt in enumerate(batch):
+        want = ranked(model, prompt, codes, 50)
+        assert list(map(tuple, found[i].tolist())) == [item for _, item in want]
+        assert torch.allclose(scores[i], torch.tensor([p for p, _ in want], dtype=torch.float64), atol=1e-10)
+
+
+def test_bfloat16_models_score_in_float32():
+    """Scores add up in float32 whatever the weights, close to the float32 model's own, without a gradient."""
+    batch, trie = prompts([8, 3]), Trie(catalogue(100), N_CODES)
+    scores = [beam_search(model_for(dtype=dtype), batch, trie, 1)[1] for dtype in (torch.bfloat16, torch.float32)]
+    assert all(s.dtype == torch.float32 and not s.requires_grad for s in scores)
+    assert (scores[0] - scores[1]).abs().max() < 0.5, f"{(scores[0] - scores[1]).abs().max():.3f} apart"

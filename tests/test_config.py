@@ -1,0 +1,301 @@
+"""Every setting is alive, later sources win, and what cannot be done is said in three lines."""
+from __future__ import annotations
+
+import dataclasses
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minipeso import config, evaluate, prepare
+from minipeso.config import Config, UsageError, from_args, guard, resolve
+from tests.micro import MICRO, checkpoint, fingerprint, flags, micro, run, shared_ids
+
+ROOT = Path(__file__).parents[1]
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+
+# -- no dead field ----------------------------------------------------------------------------------
+
+STRONG = dict(lam=1e5)  # so that the penalty is visible beside the cross-entropy
+OTHER = {  # another value, for which a run computes something else
+    "dataset": "FOLDER", "method": "single", "lam": 1e5, "proximal": "l2", "seed": 1, "users": 40, "dtype": "bfloat16",
+    "split": "user-disjoint", "years": "2019-2020", "first": 0.5, "stages": 4, "min_events": 7, "window": 3,
+    "levels": 3, "codes": 9, "latent": 5, "rqvae_hidden": (12,), "rqvae_epochs": 40, "rqvae_lr": 0.3, "text_width": 12,
+    "prompt": "release", "learn_end": True, "temperature": 0.8,
+    "hidden": 24, "layers": 2, "heads": 1, "kv_heads": 2, "intermediate": 20, "base_share": 0.8, "base_epochs": 2,
+    "base_lr": 1e-3, "base_batch": 16, "rank": 3, "alpha": 8.0, "dropout": 0.3, "first_trains": "adapter",
+    "later_trains": "rows", "lr": 2e-3, "later_lr": 0.2, "epochs": 2, "batch": 4, "warmup": 0.9, "weight_decay": 0.5,
+    "clip": 1e-4, "groups": "matrix", "reduction": "mean", "beams": 2, "hit": "id", "world_users": 50, "world_items": 50,
+    "world_alpha": 0.9,
+}
+BESIDES = {"method": STRONG, "proximal": STRONG, "groups": STRONG, "reduction": STRONG, "prompt": dict(base="CHECKPOINT"),
+           "learn_end": dict(base="CHECKPOINT"), "hit": dict(dataset="SHARED")}
+ALL_METHODS_FILES = ("adapters/stage-2/adapter_model.safetensors", "adapters/stage-3/adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """What CHECKPOINT, SHARED and FOLDER above stand for."""
+    root = tmp_path_factory.mktemp("folders")
+    run(micro(root / "other", seed=3))
+    return {"CHECKPOINT": checkpoint(root / "checkpoint"), "SHARED": shared_ids(root / "shared"),
+            "FOLDER": root / "other" / "world"}
+
+
+@pytest.fixture(scope="module")
+def computed(folders, tmp_path_factory):
+    """computed(**changes) -> the fingerprint of the micro run with these changes; each run is made once."""
+    done = {}
+
+    def look(**changes):
+        key = tuple(sorted(changes.items()))
+        if key not in done:
+            out = tmp_path_factory.mktemp("run")
+            run(micro(out, **{k: str(folders.get(v, v)) if isinstance(v, str) else v for k, v in changes.items()}))
+            done[key] = fingerprint(out)
+        return done[key]
+
+    return look
+
+
+def test_no_field_is_forgotten():
+    """Every field of Config is proved alive: by another value that changes a run, or by a test of its own."""
+    own = {name.removeprefix("test_alive_") for name in globals() if name.startswith("test_alive_")}
+    assert set(FIELDS) == set(OTHER) | own, f"unproved or unknown: {sorted(set(FIELDS) ^ (set(OTHER) | own))}"
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_value_changes_what_is_computed(name, computed):
+    """A run with another value of the field has other ranks, metrics, semantic IDs or adapters."""
+    besides = BESIDES.get(name, {})
+    settings = MICRO | besides
+    assert OTHER[name] != settings.get(name, getattr(Config, name)), "that is no other value"
+    before, after = computed(**besides), computed(**besides, **{name: OTHER[name]})
+    if name == "method":  # the folder of the main method is another's: its adapters, not their names
+        before, after = ({file: found[file] for file in ALL_METHODS_FILES} for found in (before, after))
+    assert before != after, f"--{name} {OTHER[name]} changed nothing"
+
+
+def test_the_same_settings_compute_the_same(computed, tmp_path):
+    """What the proofs above compare is reproducible: a second run of the baseline has the same bytes."""
+    run(micro(tmp_path))
+    again = fingerprint(tmp_path)
+    assert {k: again[k] == v for k, v in computed().items()} == dict.fromkeys(again, True)
+
+
+def test_alive_base(folders, tmp_path):
+    """--base decides which model is built: tiny and small by their presets, a folder by its checkpoint."""
+    tiny, small = (resolve({"base": base}) for base in ("tiny", "small"))
+    assert prepare.llama_config(tiny) != prepare.llama_config(small)
+    cfg = micro(tmp_path, base=str(folders["CHECKPOINT"]))
+    assert prepare.load_model(cfg).config.vocab_size == 256 and prepare.load_tokenizer(cfg) is not None
+    assert prepare.load_model(micro(tmp_path)).config.vocab_size == 1
+
+
+def test_alive_compare(computed):
+    """--compare names the methods that run besides the main one, each in a folder of its own."""
+    assert "single/results.json" in computed() and "single/results.json" not in computed(compare="")
+    assert computed(compare="")["results.json"] == computed()["results.json"], "a rival must not change the main method"
+    assert resolve({"compare": "pretrain,peso,single", "method": "peso"}).methods == ["pretrain", "single", "peso"]
+
+
+def test_alive_recipe():
+    """--recipe release changes exactly the fields of its table, and only with a base that has words."""
+    paper, release = (resolve({"recipe": recipe, "base": "DIR"}) for recipe in ("paper", "release"))
+    moved = {name for name in FIELDS if getattr(paper, name) != getattr(release, name)}
+    assert moved - {"recipe"} == set(config.RECIPES["release"]) and config.RECIPES["paper"] == {}
+    assert {n: getattr(release, n) for n in config.RECIPES["release"]} == config.RECIPES["release"]
+
+
+def test_alive_out(tmp_path):
+    """Everything goes into --out; without it, into a folder named after dataset, base, method and seed."""
+    run(micro(tmp_path / "here", compare=""))
+    assert (tmp_path / "here" / "results.json").is_file() and [p.name for p in tmp_path.iterdir()] == ["here"]
+    cfg = resolve({"dataset": "/data/Video_Games/", "base": "hub/Llama-9", "method": "single", "seed": 4})
+    assert cfg.out == "runs/Video_Games-Llama-9-single-s4"
+
+
+def test_alive_device(tmp_path, monkeypatch):
+    """The model goes where --device says; cuda without a GPU is an error; auto looks for one."""
+    assert prepare.load_model(micro(tmp_path, device="cpu")).device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert prepare.load_model(micro(tmp_path, device="auto")).device.type == "cpu"
+    with pytest.raises(UsageError, match="--device cpu"):
+        prepare.load_model(micro(tmp_path, device="cuda"))
+
+
+def test_alive_eval_batch(computed, tmp_path, monkeypatch):
+    """--eval-batch changes how many users are searched at once, and no result."""
+    calls = []
+    search = evaluate.beam_search
+    monkeypatch.setattr(evaluate, "beam_search", lambda model, prompts, *rest: (
+        calls.append(len(prompts)), search(model, prompts, *rest))[1])
+    run(micro(tmp_path, eval_batch=5))
+    assert max(calls) == 5 and len(calls) > 8, calls
+    assert fingerprint(tmp_path) == computed()
+
+
+def test_alive_dry_run(tmp_path):
+    """--dry-run computes nothing and leaves nothing."""
+    assert "steps" in run(micro(tmp_path / "never", dry_run=True)) and not list(tmp_path.iterdir())
+
+
+def test_alive_explain(tmp_path, computed):
+    """--explain adds the walk of one item to what is printed, and changes no result."""
+    printed = run(micro(tmp_path, explain=True))
+    assert "raw row" in printed and "rank of the target" in printed
+    assert "raw row" not in run(micro(tmp_path / "without")), "the walk was not asked for"
+    assert {k: v for k, v in fingerprint(tmp_path).items() if not k.startswith("without")} == computed()
+
+
+def test_alive_debug(monkeypatch, capsys):
+    """--debug lets the exception through with its traceback; without it there are three lines and a code."""
+    def fails():
+        raise UsageError("what\nfound\nto do")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as left:
+        guard(fails)
+    assert left.value.code == 2 and capsys.readouterr().err == "\nerror: what\nfound\nto do\n"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--debug"])
+    with pytest.raises(UsageError):
+        guard(fails)
+
+
+# -- which source wins ------------------------------------------------------------------------------
+
+def test_later_sources_win(monkeypatch):
+    """defaults < recipe < base < dataset < flags, whatever field they meet in."""
+    monkeypatch.setitem(config.RECIPES, "release", dict(window=1, rank=1, latent=1, levels=1))
+    monkeypatch.setitem(config.BASES, "tiny", dict(window=2, rank=2, latent=2))
+    monkeypatch.setitem(config.DATASETS, "movies", dict(base="tiny", window=3, rank=3))
+    cfg = resolve({"recipe": "release", "dataset": "movies", "window": 4})
+    assert (cfg.window, cfg.rank, cfg.latent, cfg.levels) == (4, 3, 2, 1)
+    assert (cfg.batch, cfg.base) == (Config.batch, "tiny"), "a dataset brings its base; the rest is default"
+    cfg = resolve({"recipe": "release", "dataset": "movies", "base": "DIR"})
+    assert (cfg.window, cfg.latent, cfg.base) == (3, 1, "DIR"), "a flag's base replaces the dataset's, presets and all"
+
+
+@pytest.mark.parametrize("base", config.BASES)
+@pytest.mark.parametrize("dataset", config.DATASETS)
+@pytest.mark.parametrize("recipe", config.RECIPES)
+def test_presets_set_known_fields_to_allowed_values(base, dataset, recipe):
+    """Every combination of presets is a valid Config of the declared types."""
+    cfg = resolve({"base": base, "dataset": dataset, "recipe": recipe})
+    hints = {"int": int, "float": (int, float), "str": str, "bool": bool, "tuple[int, ...]": tuple}
+    for field in dataclasses.fields(cfg):
+        assert isinstance(getattr(cfg, field.name), hints[field.type]), f"{field.name} {getattr(cfg, field.name)!r}"
+
+
+def test_the_command_line_says_what_resolve_says():
+    """Every field, given as a flag, arrives as it was meant."""
+    wanted = {k: v for k, v in (MICRO | OTHER).items()} | dict(dry_run=True, explain=True, debug=True, out="x")
+    cfg = from_args(flags(**wanted))
+    assert {k: getattr(cfg, k) for k in wanted} == wanted
+    assert from_args(["--no-learn-end", "--base", "DIR", "--recipe", "release"]).learn_end is False
+
+
+def test_every_field_has_a_note():
+    """Nothing in Config lacks its meaning and source; --help shows them."""
+    notes = config.field_notes()
+    missing = [name for name in FIELDS if not notes.get(name)]
+    assert set(notes) == set(FIELDS) and not missing, f"no note: {missing}"
+
+
+def test_changed_is_what_differs_from_the_defaults():
+    """The first thing a run prints is every non-default value, and nothing else."""
+    cfg = Config(rank=Config.rank + 1, codes=Config.codes)
+    assert config.changed(cfg) == {"rank": Config.rank + 1}
+
+
+# -- the paper's configuration ----------------------------------------------------------------------
+
+def test_instruments_dry_run_is_the_papers_run(monkeypatch, tmp_path, capsys):
+    """--dataset instruments --lambda 2.0 --dry-run: the paper's base, span and sizes, without network or files."""
+    def no_network(*args, **kwargs):
+        raise AssertionError("the network was touched")
+    monkeypatch.setattr(socket, "socket", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.chdir(tmp_path)
+    import train
+    cfg = from_args(["--dataset", "instruments", "--lambda", "2.0", "--dry-run"])
+    assert (cfg.base, cfg.years, cfg.recipe, cfg.lam) == ("meta-llama/Llama-3.2-1B", "2019-2023", "paper", 2.0)
+    assert (cfg.method, cfg.groups, cfg.reduction, cfg.first, cfg.stages, cfg.window, cfg.beams, cfg.levels) == \
+        ("peso", "module", "sum", 0.6, 5, 20, 10, 4), "Section 5.1, Appendix C.1, Appendix D"
+    train.main(cfg)
+    printed = capsys.readouterr().out
+    rows = cfg.levels * cfg.codes * 2048
+    adapter = 16 * cfg.rank * (2 * (2048 + 2048) + 2 * (2048 + 512) + 3 * (2048 + 8192))  # r (d_in + d_out), 112 layers
+    for number in (1_235_814_400 + rows + adapter, adapter):
+        assert f"{number:,}" in printed, f"{number:,} is not in\n{printed}"
+    for users, events in ((17_046, 141_788), (2_238, 17_573)):  # Table 4, D1 and D5
+        assert f"{cfg.epochs * math.ceil((events - 2 * users) / cfg.batch):,}" in printed
+    assert "Musical_Instruments" in printed and not list(tmp_path.iterdir())
+
+
+def test_instruments_without_its_data_says_what_to_fetch(tmp_path, capsys, monkeypatch):
+    """A data set that is not on the machine: exit 2, with the names of the files that are needed."""
+    import train
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as left:
+        guard(lambda: train.main(from_args(["--dataset", "instruments", "--base", "tiny", "--out", str(tmp_path)])))
+    assert left.value.code == 2 and "Musical_Instruments.csv" in capsys.readouterr().err
+
+
+# -- what is refused --------------------------------------------------------------------------------
+
+REFUSED = [
+    (["--lamda", "2"], "--lambda"), (["--methd", "peso"], "--method"), (["--epoch", "1"], "--epochs"),
+    (["--recipe", "papr"], "paper"), (["--hit", "itm"], "item"), (["--reduction", "meam"], "mean"),
+    (["--method", "pesso"], "peso"), (["--compare", "singel"], "single"), (["--proximal", "lk"], "kl"),
+    (["--lambda", "nan"], "--lambda"), (["--lambda", "-1"], "--lambda"), (["--lambda", "inf"], "--lambda"),
+    (["--lambda", "two"], "two"), (["--lambda"], "--lambda"), (["--stages", "1"], "--stages"),
+    (["--min-events", "2"], "--min-events"), (["--rank", "0"], "--rank"), (["--clip", "0"], "--clip"),
+    (["--dropout", "nan"], "--dropout"), (["--temperature", "0"], "--temperature"), (["--users", "-3"], "--users"),
+    (["--rqvae-hidden", "12,x"], "12,x"), (["--epochs", "1.5"], "1.5"), (["--years", "2019:2020"], "2019:2020"),
+    (["--world-alpha", "1.5"], "1.5"),
+]
+
+
+@pytest.mark.parametrize("argv, named", REFUSED, ids=[" ".join(argv) for argv, _ in REFUSED])
+def test_bad_settings_end_with_three_lines_and_code_2(argv, named, tmp_path, capsys, monkeypatch):
+    """An unknown flag or value, a number out of range or no number: exit 2; the message names it or the nearest."""
+    import train
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    small = flags(**MICRO | {"compare": ""}) + ["--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as left:
+        guard(lambda: train.main(from_args(small + argv)))
+    error = capsys.readouterr().err.strip("\n").splitlines()[-3:]
+    assert left.value.code == 2 and len(error) == 3 and error[0].startswith("error: "), error
+    assert named in "\n".join(error), error
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_exit_code_2_reaches_the_shell():
+    """The same through a real command line: code 2, three lines on stderr, no traceback."""
+    done = subprocess.run([sys.executable, "train.py", "--lamda", "2.0"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean --lambda?" in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 3, done.stderr
+
+
+@pytest.mark.parametrize("error, code", [
+    (UsageError("x"), 2), (ValueError("x"), 2), (FileNotFoundError("x"), 2), (FloatingPointError("x"), 4),
+    (torch.OutOfMemoryError("x"), 5), (OSError("x"), 5), (KeyboardInterrupt(), 130)], ids=lambda x: type(x).__name__)
+def test_exit_codes(error, code, monkeypatch):
+    """2 usage or data, 4 numbers, 5 environment, 130 Ctrl-C."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def fails():
+        raise error
+    with pytest.raises(SystemExit) as left:
+        guard(fails)
+    assert left.value.code == code
+
+
+def test_a_bug_is_not_hidden():
+    """What is neither usage nor environment keeps its traceback."""
+    with pytest.raises(KeyError):
+        guard(lambda: {}["a bug"])

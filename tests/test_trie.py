@@ -1,0 +1,140 @@
+"""The flat trie against nested dictionaries."""
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minipeso.trie import Trie
+from tests.reference import dict_trie
+
+quick = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+@st.composite
+def code_sets(draw) -> tuple[torch.Tensor, int]:
+    """(codes (n_items, L), n_codes): from one item to 40, doubles and long shared prefixes among them."""
+    levels = draw(st.integers(1, 8))
+    n_codes = draw(st.sampled_from([1, 2, 3, 7, 256, 2048]))
+    used = draw(st.integers(1, min(n_codes, 4)))  # few codes: prefixes meet
+    pool = draw(st.lists(st.integers(0, n_codes - 1), min_size=used, max_size=used))
+    row = st.lists(st.sampled_from(pool), min_size=levels, max_size=levels)
+    return torch.tensor(draw(st.lists(row, min_size=1, max_size=40))), n_codes
+
+
+def children(trie: Trie, state: int, level: int) -> dict[int, int]:
+    """{code: state} of one state, by the public step."""
+    code, child = trie.step(torch.tensor([state]), level)
+    assert code.shape == child.shape == (1, trie.width[level])
+    pairs = [(c, s) for c, s in zip(code[0].tolist(), child[0].tolist()) if c >= 0]
+    assert len(dict(pairs)) == len(pairs), f"a code stands twice among {code[0].tolist()}"
+    return dict(pairs)
+
+
+def walk(trie: Trie, node: dict, state: int = 0, level: int = 0):
+    """Compares trie and dictionaries below a node; yields the leaves' states, left to right."""
+    if level == trie.levels:
+        yield state
+        return
+    found = children(trie, state, level)
+    assert list(found) == sorted(node), f"level {level}, state {state}: {list(found)} against {sorted(node)}"
+    for code, child in found.items():
+        yield from walk(trie, node[code], child, level + 1)
+
+
+@quick
+@given(code_sets())
+def test_step_is_the_dictionary_trie(sets):
+    """From every state that can be reached: exactly the dictionary's codes, in order; every leaf is
+    reached once, and its state is the rank of its codes among the distinct ones."""
+    codes, n_codes = sets
+    trie = Trie(codes, n_codes)
+    distinct = sorted(set(map(tuple, codes.tolist())))
+    assert trie.leaves == len(distinct) and trie.levels == codes.shape[1] and trie.n_codes == n_codes
+    assert list(walk(trie, dict_trie(codes))) == list(range(len(distinct)))
+
+
+@quick
+@given(code_sets(), st.integers(0, 2**31 - 1))
+def test_many_states_step_as_each_alone(sets, seed):
+    """step broadcasts over any shape of states."""
+    trie = Trie(*sets)
+    for level in range(trie.levels):
+        nodes = len(trie.first[level]) - 1
+        states = torch.randint(nodes, (2, 3), generator=torch.Generator().manual_seed(seed))
+        code, child = trie.step(states, level)
+        assert code.shape == child.shape == (2, 3, trie.width[level])
+        for i in range(2):
+            for j in range(3):
+                alone = trie.step(states[i, j], level)
+                assert torch.equal(code[i, j], alone[0]) and torch.equal(child[i, j], alone[1])
+        following = trie.first[level][-1]
+        assert 0 <= child.min() and child.max() < following, "a state that cannot be stepped from"
+
+
+@quick
+@given(code_sets(), st.integers(0, 2**31 - 1))
+def test_doubles_and_the_order_of_items_are_nothing(sets, seed):
+    """Shuffled and repeated items build the same arrays."""
+    codes, n_codes = sets
+    order = torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))
+    a, b = Trie(codes, n_codes), Trie(torch.cat([codes[order], codes[order[:3]]]), n_codes)
+    assert a.leaves == b.leaves and a.width == b.width
+    assert all(torch.equal(x, y) for x, y in zip(a.first + a.code, b.first + b.code, strict=True))
+
+
+@pytest.mark.parametrize("levels", range(1, 9))
+@pytest.mark.parametrize("corner", [0, 2047])
+def test_large_codes_do_not_overflow(levels, corner):
+    """2048 codes at 8 levels are 2^88 prefixes; items at the corners stay apart and are found."""
+    codes = torch.full((3, levels), corner)
+    codes[1, 0] = 2047 - corner
+    codes[2, -1] = 1000
+    trie = Trie(codes, 2048)
+    assert trie.leaves == 3
+    assert sorted(walk(trie, dict_trie(codes))) == [0, 1, 2]
+
+
+def test_ten_thousand_items_against_membership():
+    """A catalogue of the real size: random prefixes may go on exactly where an item has them."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(24, (10_000, 4), generator=generator)
+    trie, nested = Trie(codes), dict_trie(codes)
+    assert trie.leaves == len(set(map(tuple, codes.tolist()))) < 10_000
+    prefixes = torch.randint(25, (2000, 4), generator=generator)
+    for prefix in prefixes.tolist():
+        node, state = nested, 0
+        for level, code in enumerate(prefix):
+            found = children(trie, state, level)
+            assert (code in found) == (code in node)
+            if code not in node:
+                break
+            node, state = node[code], found[code]
+
+
+def test_one_item_is_one_path():
+    """A single item: width 1 at every level and one leaf."""
+    trie = Trie(torch.tensor([[5, 0, 255]]))
+    assert trie.width == [1, 1, 1] and trie.leaves == 1
+    for level, code in enumerate((5, 0, 255)):
+        assert children(trie, 0, level) == {code: 0}
+
+
+def test_arrays_lists_and_devices():
+    """A list of lists and a numpy array are codes too; to() moves every array."""
+    rows = [[0, 1], [0, 2], [3, 1]]
+    for codes in (rows, torch.tensor(rows).numpy(), torch.tensor(rows, dtype=torch.int32)):
+        assert list(walk(Trie(codes, 4), dict_trie(rows))) == [0, 1, 2]
+    moved = Trie(rows, 4).to("meta")
+    assert {t.device.type for t in moved.first + moved.code} == {"meta"}
+
+
+@pytest.mark.parametrize("codes, word", [
+    (torch.zeros(0, 4).long(), r"\(0, 4\)"), (torch.zeros(3).long(), r"\(3,\)"),
+    (torch.zeros(3, 0).long(), r"\(3, 0\)"), (torch.zeros(1, 2, 2).long(), r"\(1, 2, 2\)"),
+    (torch.tensor([[0, 16]]), r"0\.\.16"), (torch.tensor([[-1, 3]]), r"-1\.\.3")])
+def test_what_is_no_set_of_codes_is_an_error(codes, word):
+    """No item, no level, another shape, a code out of range: said with what was found."""
+    with pytest.raises(ValueError, match=word):
+        Trie(codes, 16)
