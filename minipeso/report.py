@@ -142,8 +142,8 @@ def differences(ranks: dict[str, dict[str, Tensor]], to: str) -> str:
         return torch.cat([hits(r, 10) for t, r in run.items() if int(t) > 1])
     lines = []
     for name, run in ranks.items():
-        if name != to:
-            a, b = later(run), later(ranks[to])
+        a, b = later(run), later(ranks[to])
+        if name != to and len(a):
             low, high = paired_interval(a, b)
             word = "within the noise" if low <= 0 <= high else "beyond the noise"
             lines.append(f"{name} - {to}: Hit@10 {(a - b).mean():+.4f}, 95 % interval {low:+.4f} .. {high:+.4f}, {word}")

@@ -14,15 +14,6 @@ from hypothesis import strategies as st
 
 from minipeso.embed import left_singular, llama_vectors, terms, tf_idf, title_vectors
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 WORDS = "usb cable case cover phone hdmi mount lens strap charger 10ft black für イヤホン".split()
 
 

@@ -14,15 +14,6 @@ from minipeso.rqvae import RQVAE, assign, kmeans, quantise_residuals, sinkhorn, 
 from tests.reference import full_matrix_sinkhorn
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -17,15 +17,6 @@ from minipeso.semantic_ids import (SemanticIDs, canonical_order, move_to_free, r
                                    standardise)
 from tests.reference import release_repair
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 TINY = dict(levels=3, codes=8, d_latent=4, hidden=(8,), epochs=3)
 
 

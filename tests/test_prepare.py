@@ -1,0 +1,242 @@
+"""From files to stages, texts, IDs and model: nothing is mixed up on the way."""
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minipeso import prepare
+from minipeso.config import UsageError
+from minipeso.stages import Stage
+from minipeso.tokens import QUESTIONS
+from tests.micro import blocks, checkpoint, micro, shared_ids
+
+JANUARY_2020, JANUARY_2021 = 1_577_836_800_000, 1_609_459_200_000  # ms, UTC
+
+
+def raw(folder: Path) -> tuple[dict[str, list[tuple[int, str]]], dict[str, str]]:
+    """{user: [(time, item)]} and {item: title}, read without the package."""
+    events = defaultdict(list)
+    for line in next(p for p in folder.glob("*.jsonl") if not p.name.startswith("meta")).open():
+        row = json.loads(line)
+        events[row["user_id"]].append((row["timestamp"], row["parent_asin"]))
+    titles = {row["parent_asin"]: row["title"] for row in map(json.loads, next(folder.glob("meta*")).open())}
+    return {user: sorted(taken) for user, taken in events.items()}, titles
+
+
+def reviews(folder: Path, rows: list[tuple[str, str, int]]) -> Path:
+    """A folder in the Hub's schema from (user, item, ms); item x is titled "the x"."""
+    folder.mkdir()
+    (folder / "R.jsonl").write_text("".join(
+        json.dumps({"user_id": u, "parent_asin": i, "timestamp": t}) + "\n" for u, i, t in rows))
+    (folder / "meta_R.jsonl").write_text("".join(
+        json.dumps({"parent_asin": i, "title": f"the {i}"}) + "\n" for i in sorted({i for _, i, _ in rows})))
+    return folder
+
+
+@pytest.mark.parametrize("settings", [dict(seed=0), dict(seed=1, min_events=7), dict(seed=2, users=30),
+                                      dict(seed=3, split="user-disjoint")], ids=str)
+def test_every_number_still_means_its_key_and_its_text(settings, tmp_path):
+    """After dropping and renumbering items: in every stage each user's sequence, translated back to raw keys, is a
+    stretch of the raw file in time order, and the text of each item is the one of its key."""
+    data = prepare.load_dataset(micro(tmp_path, **settings), tmp_path / "world")
+    events, titles = raw(data.source)
+    assert len(data.keys) == len(data.texts) == len(set(data.keys))
+    assert all(text.startswith(titles[key] + " | ") for key, text in zip(data.keys, data.texts, strict=True))
+    checked = 0
+    for stage in data.stages:
+        for user, items in stage.current.items():
+            told = [key for _, key in events[data.users[user]]]
+            keys = [data.keys[i] for i in items]
+            if settings.get("split") == "user-disjoint":  # stretches of several stages, with gaps
+                assert [key for key in told if key in keys] == keys
+            else:
+                start = told.index(keys[0])
+                assert told[start:start + len(keys)] == keys, f"D{stage.number}, {data.users[user]}"
+                past = [data.keys[i] for i in stage.history[user]]
+                assert [key for key in told[:start] if key in past] == past
+            checked += len(items)
+    assert checked > 100
+
+
+def test_items_that_no_stage_kept_are_dropped(tmp_path):
+    """The numbers are 0 .. n - 1 without a gap, and every item occurs in some stage."""
+    data = prepare.load_dataset(micro(tmp_path, min_events=8), tmp_path / "world")
+    assert set().union(*(stage.items for stage in data.stages)) == set(range(len(data.keys)))
+    assert len(data.keys) < 60, "nothing was dropped: the test proves nothing"
+
+
+def test_known_items_by_hand():
+    """Stage t knows the items of D_1 .. D_t, sorted; a history adds none."""
+    stages = [Stage(1, {1: []}, {1: [5, 2]}), Stage(2, {2: [9]}, {2: [2, 0]}), Stage(3, {}, {})]
+    assert prepare.known_items(stages) == [[2, 5], [0, 2, 5], [0, 2, 5]]
+
+
+def test_a_subset_of_the_users_keeps_the_whole_catalogue(tmp_path):
+    """--users makes the stages smaller, not the problem easier: what can be recommended, its numbers and its
+    texts stay those of the full data."""
+    full, part = (prepare.load_dataset(micro(tmp_path, users=n), tmp_path / "world") for n in (0, 20))
+    assert part.known == full.known and part.texts == full.texts and part.keys == full.keys
+    assert len({u for s in part.stages for u in s.users}) == 20
+    for small, large in zip(part.stages, full.stages):
+        assert small.current == {u: large.current[u] for u in small.users}
+
+
+def test_the_known_items_of_the_user_disjoint_split_are_its_own(tmp_path):
+    """Other users in a stage: other items enter with it, and every target is known."""
+    natural, mixed = (prepare.load_dataset(micro(tmp_path, split=split), tmp_path / "world")
+                      for split in ("natural", "user-disjoint"))
+    assert mixed.known != natural.known and mixed.known[-1] == natural.known[-1]
+    for stage, known in zip(mixed.stages, mixed.known):
+        assert stage.items <= set(known) and not any(stage.history.values())
+
+
+def test_years_are_inclusive_to_the_millisecond(tmp_path):
+    """--years 2020 takes its first and its last millisecond and nothing beside them; 2020-2021 both years."""
+    inside = [(f"u{u}", f"i{k}", JANUARY_2020 + k * 1000) for u in range(2) for k in range(10)]
+    inside += [("u0", "last", JANUARY_2021 - 1), ("u1", "last", JANUARY_2021 - 1)]
+    outside = [("u0", "before", JANUARY_2020 - 1), ("u0", "after", JANUARY_2021), ("u1", "after", JANUARY_2021)]
+    folder = reviews(tmp_path / "data", inside + outside)
+
+    def read(years):
+        cfg = micro(tmp_path, dataset=str(folder), years=years, stages=2, min_events=3)
+        return prepare.load_dataset(cfg, tmp_path).notes[0]
+    assert read("2020") == read("2020-2020") == "22 interactions read"
+    assert read("2020-2021") == "24 interactions read" and read("") == "25 interactions read"
+
+
+@pytest.mark.parametrize("years", ["2020-", "-2020", "20-x", "2020-2021-2022", "x"])
+def test_years_that_are_none(years, tmp_path):
+    """A span that cannot be read is refused with an example of one that can ("2020-" means 2020)."""
+    read = lambda: prepare.load_dataset(micro(tmp_path, years=years), tmp_path / "world")  # noqa: E731
+    if years == "2020-":
+        assert read().stages
+    else:
+        with pytest.raises(UsageError, match="2019-2023"):
+            read()
+
+
+def test_raw_finds_the_sources_own_line(tmp_path):
+    """The line of the file that holds this user and this item; for the release, which has none, their numbers."""
+    data = prepare.load_dataset(micro(tmp_path), tmp_path / "world")
+    user, items = next(iter(data.stages[-1].current.items()))
+    row = json.loads(data.raw(user, items[-1]))
+    assert (row["user_id"], row["parent_asin"]) == (data.users[user], data.keys[items[-1]])
+    release = prepare.load_dataset(micro(tmp_path, dataset=str(shared_ids(tmp_path / "blocks"))), tmp_path)
+    assert release.raw(3, 4) == "blocks: user 3, item 4"
+
+
+# -- the release's folder ---------------------------------------------------------------------------
+
+STAGES = [{1: [0, 1, 2, 3], 2: [3, 2, 1, 0]}, {1: [4, 1, 0, 2]}]
+
+
+def test_the_release_brings_its_own_ids(tmp_path):
+    """Blocks and index file give stages and codes as they stand there; --levels does not matter."""
+    codes = [[i, 2 * i, 3] for i in range(6)]
+    cfg = micro(tmp_path, dataset=str(blocks(tmp_path / "data", STAGES, codes)), levels=2, codes=16)
+    data = prepare.load_dataset(cfg, tmp_path / "world")
+    ids = prepare.semantic_ids(cfg, data, None, None)
+    assert ids.codes.tolist() == codes and ids.n_codes == 16 and data.texts is None
+    assert data.stages[1].current == {1: [4, 1, 0, 2]} and data.stages[1].history == {1: [0, 1, 2, 3]}
+    assert data.known == [[0, 1, 2, 3], [0, 1, 2, 3, 4]] and not (tmp_path / "world").exists()
+
+
+def test_an_item_without_an_id_is_refused(tmp_path):
+    """The stages name item 4, the index ends at 3: both are in the message."""
+    cfg = micro(tmp_path, dataset=str(blocks(tmp_path / "data", STAGES, [[i, i] for i in range(4)])))
+    data = prepare.load_dataset(cfg, tmp_path)
+    with pytest.raises(UsageError, match=r"has 4 items, the stages name item 4"):
+        prepare.semantic_ids(cfg, data, None, None)
+
+
+def test_a_history_may_name_items_that_no_stage_has(tmp_path):
+    """An item that only a previous_block names needs an ID too."""
+    folder = blocks(tmp_path / "data", STAGES, [[i, i] for i in range(5)])
+    late = {"1": {"previous_block": ["7", "0"], "current_block": ["1", "2", "3"]}}
+    (folder / "C.all.block_1.json").write_text(json.dumps(late))
+    cfg = micro(tmp_path, dataset=str(folder))
+    data = prepare.load_dataset(cfg, tmp_path)
+    assert len(data.keys) == 8
+    with pytest.raises(UsageError, match="item 7"):
+        prepare.semantic_ids(cfg, data, None, None)
+
+
+def test_the_first_block_is_needed(tmp_path):
+    """The adapter is learnt on D_1 first: a folder that starts later is refused."""
+    folder = blocks(tmp_path / "data", STAGES, [[i, i] for i in range(5)])
+    (folder / "C.all.block_0.json").unlink()
+    with pytest.raises(UsageError, match="D1 is missing"):
+        prepare.load_dataset(micro(tmp_path, dataset=str(folder)), tmp_path)
+
+
+# -- model and words --------------------------------------------------------------------------------
+
+def test_a_base_from_scratch_has_the_shape_asked_for(tmp_path):
+    """tiny and small are Llamas of the given sizes that know one word; the seed decides their weights."""
+    cfg = micro(tmp_path, hidden=24, layers=2, heads=4, kv_heads=2, intermediate=20)
+    model = prepare.load_model(cfg)
+    assert model.model.embed_tokens.weight.shape == (1, 24) and len(model.model.layers) == 2
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (12, 24)
+    assert model.model.layers[0].mlp.down_proj.weight.shape == (24, 20) and model.lm_head is model.model.embed_tokens
+    again, other = (prepare.load_model(micro(tmp_path, hidden=24, layers=2, heads=4, seed=s)) for s in (0, 1))
+    weight = [m.model.layers[0].self_attn.q_proj.weight for m in (model, again, other)]
+    assert weight[0].equal(weight[1]) and not weight[0].equal(weight[2])
+    assert prepare.load_tokenizer(cfg) is None and prepare.from_scratch(cfg)
+
+
+def test_the_devices_dtype(tmp_path):
+    """--dtype auto is float32 on a CPU; bfloat16 where it is asked for."""
+    assert prepare.load_model(micro(tmp_path, device="cpu")).model.norm.weight.dtype == torch.float32
+    assert prepare.load_model(micro(tmp_path, device="cpu", dtype="bfloat16")).model.norm.weight.dtype == torch.bfloat16
+
+
+def test_prompt_and_base_must_fit(tmp_path):
+    """The short prompt needs no words and the sentences do: either mismatch is refused, each match works."""
+    scratch, words = micro(tmp_path), micro(tmp_path, base=str(checkpoint(tmp_path / "llama")), prompt="release")
+    data = prepare.load_dataset(scratch, tmp_path / "world")
+    ids, tokenizer = prepare.semantic_ids(scratch, data, None, None), prepare.load_tokenizer(words)
+    assert prepare.make_template(scratch, ids, None).first_token == 1
+    template = prepare.make_template(words, ids, tokenizer)
+    assert template.first_token == 256 and "chronological" in QUESTIONS["release"]
+    assert tokenizer.token_to_id("chronological") in template.tail
+    for prompt in ("paper", "release"):
+        with pytest.raises(UsageError, match="--prompt short"):
+            prepare.make_template(micro(tmp_path, prompt=prompt), ids, None)
+    with pytest.raises(UsageError, match="--prompt paper or release"):
+        prepare.make_template(micro(tmp_path, base="DIR", prompt="short"), ids, tokenizer)
+
+
+def test_a_vocabulary_that_does_not_match_is_refused(tmp_path):
+    """The codes' tokens come right behind the words: tokenizer and checkpoint must have the same number of them."""
+    folder = checkpoint(tmp_path / "llama", words=240)
+    cfg = micro(tmp_path, base=str(folder), prompt="paper")
+    with pytest.raises(UsageError, match="has 256 tokens, config.json 240"):
+        prepare.load_tokenizer(cfg)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match="no tokenizer"):
+        prepare.load_tokenizer(cfg)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        prepare.load_tokenizer(cfg)
+
+
+def test_item_vectors_come_from_the_model_that_has_words(tmp_path, monkeypatch):
+    """With a checkpoint the RQ-VAE sees the mean of Llama's hidden states over the title's tokens (computed here
+    one title at a time); --text-width or a base without words means title vectors of that width."""
+    cfg = micro(tmp_path, base=str(checkpoint(tmp_path / "llama")), prompt="paper", text_width=0)
+    data, model, tokenizer = (prepare.load_dataset(cfg, tmp_path / "world"), prepare.load_model(cfg),
+                              prepare.load_tokenizer(cfg))
+    seen = []
+    monkeypatch.setattr(prepare.SemanticIDs, "fit", lambda vectors, *rest, **more: seen.append(vectors))
+    prepare.semantic_ids(cfg, data, model, tokenizer)
+    with torch.no_grad():
+        wanted = np.stack([model.model(torch.tensor([tokenizer.encode(t).ids]))[0].mean(0).numpy() for t in data.texts])
+    assert np.allclose(np.asarray(seen[0]), wanted, atol=1e-5), f"off by {np.abs(np.asarray(seen[0]) - wanted).max()}"
+    prepare.semantic_ids(micro(tmp_path, base=cfg.base, prompt="paper", text_width=7), data, model, tokenizer)
+    prepare.semantic_ids(micro(tmp_path, text_width=9), data, None, None)
+    assert [v.shape[1] for v in seen[1:]] == [7, 9]

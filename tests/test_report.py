@@ -1,0 +1,155 @@
+"""The numbers of the tables, worked by hand; files whole or not at all."""
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from minipeso import report
+from minipeso.config import resolve
+from minipeso.metrics import hits
+
+RANKS = {t: torch.tensor(r) for t, r in {
+    "1": [1, 1, 0, 0], "2": [1, 0, 3, 0], "3": [6, 0], "4": [0, 0, 0, 2, 11], "5": [10]}.items()}
+REFERENCES = {t: {"random": 0.125, "popularity": 0.25} for t in RANKS}
+
+
+def run(ranks=RANKS, **config) -> dict:
+    return report.results({"method": "peso", **config}, ranks, REFERENCES, {"data": 1.5})
+
+
+def cells(table: str) -> list[list[str]]:
+    """The cells of a markdown table, without its rule."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return [row for row in rows if not set(row[0]) <= set("-: ")]
+
+
+def test_averages_are_over_stages_not_users():
+    """Both spans of the paper, by hand: the mean over D2-D4 and over D2-D5 of the stages' own means."""
+    found = run()
+    hit10 = {"2": 2 / 4, "3": 1 / 2, "4": 1 / 5, "5": 1.0}
+    ndcg5 = {"2": (1 + 1 / 2) / 4, "3": 0.0, "4": 1 / math.log2(3) / 5, "5": 0.0}
+    for span, stages in (("D2-D4", "234"), ("D2-D5", "2345")):
+        row = found["average"][span]
+        assert row["hit@10"] == pytest.approx(sum(hit10[t] for t in stages) / len(stages))
+        assert row["ndcg@5"] == pytest.approx(sum(ndcg5[t] for t in stages) / len(stages))
+    assert list(found["average"]) == ["D2-D4", "D2-D5"] and found["stages"]["4"]["users"] == 5
+    assert found["stages"]["1"]["hit@5"] == 0.5, "D1 is shown, and in no average"
+
+
+def test_an_empty_stage_is_null_and_in_no_average():
+    """A stage without users has null metrics; the averages are those of the others."""
+    found = run(RANKS | {"3": torch.zeros(0, dtype=torch.long)})
+    assert found["stages"]["3"] == {"users": 0, "hit@5": None, "hit@10": None, "ndcg@5": None, "ndcg@10": None,
+                                    "se_hit@10": None}
+    assert found["average"]["D2-D4"]["hit@10"] == pytest.approx((2 / 4 + 1 / 5) / 2)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_no_later_stage_has_users():
+    """All averages null, and the tables still print."""
+    empty = {t: r if t == "1" else torch.zeros(0, dtype=torch.long) for t, r in RANKS.items()}
+    found = run(empty)
+    assert set(found["average"]["D2-D5"].values()) == {None}
+    runs = {"single": found, "peso": found}
+    assert "peso" in report.tables(runs, {name: empty for name in runs})
+
+
+def test_other_numbers_of_stages_have_their_own_spans():
+    """The spans leave out the last stage, and do not; two stages have one span."""
+    three = {t: RANKS[t] for t in "123"}
+    assert list(run(three)["average"]) == ["D2-D2", "D2-D3"]
+    assert list(run({t: RANKS[t] for t in "12"})["average"]) == ["D2-D2"]
+
+
+def test_the_table_shows_every_number_once():
+    """Stages, users, references and Hit@10 of every method are in the first table, averages in the second."""
+    runs = {"single": run(), "peso": run(RANKS | {"5": torch.tensor([0])})}
+    text = report.tables(runs, {"single": RANKS, "peso": RANKS | {"5": torch.tensor([0])}})
+    stage_rows = {row[0]: row[1:] for row in cells(text.split("\n\n")[0])}
+    assert stage_rows["test users"] == ["4", "4", "2", "5", "1"]
+    assert all(cell.startswith("0.1250") for cell in stage_rows["random"])
+    for name, last in (("single", "1.0000"), ("peso", "0.0000")):
+        values = [cell.split()[0] for cell in stage_rows[name]]
+        assert values == ["0.5000", "0.5000", "0.5000", "0.2000", last], values
+    spread = hits(RANKS["4"], 10).numpy().std(ddof=1) / math.sqrt(5)
+    assert f"{spread:.4f}" in stage_rows["peso"][3], "the standard error over users"
+    widths = {len(line) for line in text.split("\n\n")[0].splitlines()}
+    assert len(widths) == 1, f"the table is not aligned: {widths}"
+
+
+def test_the_best_is_bold_and_the_second_underlined():
+    """Per column: the best **bold**, also where two share it; the second _underlined_; a third, or no rival, bare."""
+    def with_stage_2(*ranks):
+        return {**RANKS, **{t: torch.tensor(ranks) for t in "2345"}}
+    found = {"a": with_stage_2(1, 1, 1, 0), "b": with_stage_2(1, 1, 0, 0), "c": with_stage_2(1, 0, 0, 0),
+             "d": with_stage_2(1, 1, 1, 0)}
+    rows = {row[0]: row[1:] for row in cells(report.summary_table({name: run(r) for name, r in found.items()}))}
+    assert set(rows["a"]) == set(rows["d"]) == {"**0.7500**"} and set(rows["b"]) == {"_0.5000_"}
+    assert set(rows["c"]) == {"0.2500"}
+    alone = cells(report.summary_table({"a": run(found["a"])}))[1]
+    assert set(alone[1:]) == {"0.7500"}, "one run alone has nothing to be better than"
+
+
+def test_differences_give_the_mean_and_its_interval():
+    """peso - single over the users of D2 and later: the mean difference by hand; an interval that holds it;
+    within the noise where it holds 0, beyond where it does not; D1 does not count."""
+    single = {"1": torch.ones(50), "2": torch.zeros(200), "3": torch.ones(200)}
+    better = {"1": torch.zeros(50), "2": torch.ones(200), "3": torch.ones(200)}
+    noisy = {"1": torch.ones(50), "2": torch.tensor([1] + [0] * 199), "3": torch.tensor([0] + [1] * 199)}
+    lines = report.differences({"single": single, "better": better, "noisy": noisy, "same": single}, "single")
+    for line, (name, mean, word) in zip(lines.splitlines(), [("better", 0.5, "beyond the noise"),
+                                                              ("noisy", 0.0, "within the noise"),
+                                                              ("same", 0.0, "within the noise")], strict=True):
+        assert line.startswith(f"{name} - single") and word in line, line
+        shown, low, high = map(float, re.findall(r"[+-]\d\.\d{4}", line))
+        assert shown == mean and low <= mean <= high, line
+        assert high - low < 0.11, f"400 users tell more than that: {line}"
+    low, high = map(float, re.findall(r"[+-]\d\.\d{4}", lines.splitlines()[0])[1:])
+    assert abs(high - low - 2 * 1.96 * math.sqrt(0.25 / 400)) < 0.01, "of the width that 400 coin flips have"
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    """After a refused value (nan is no JSON) the old file is intact and no part of a new one lies beside it."""
+    path = tmp_path / "results.json"
+    report.write_json(path, {"a": 1})
+    for bad in ({"a": float("nan")}, {"a": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            report.write_json(path, bad)
+    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_new_run_voids_what_the_old_one_left(tmp_path):
+    """begin removes the results of the folder and of the methods inside it, also of ones not compared now, but
+    not those of another run that happens to lie below; config.json is the new one, metrics.jsonl is empty."""
+    for place in (".", "retrain", "other"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "results.json").write_text("{}")
+    (tmp_path / "other" / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("old\n")
+    cfg = resolve({"out": str(tmp_path), "seed": 9})
+    report.begin(tmp_path, cfg)
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("results.json"))
+    assert left == ["other/results.json"] and (tmp_path / "metrics.jsonl").read_text() == ""
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["seed"] == 9 and {"torch", "numpy", "safetensors", "tokenizers", "minipeso"} <= set(written["versions"])
+
+
+def test_load_reads_what_finish_wrote_and_names_what_is_missing(tmp_path, capsys):
+    """finish -> load is the identity on results and ranks; each missing file is named."""
+    cfg = resolve({"out": str(tmp_path), "method": "single"})
+    report.finish(tmp_path, cfg, {"peso": RANKS, "single": RANKS}, REFERENCES, {"data": 1.5})
+    for folder, method in ((tmp_path, "single"), (tmp_path / "peso", "peso")):
+        found, ranks = report.load(folder)
+        assert found["config"]["method"] == method and found["stages"] == run()["stages"]
+        assert found["seconds"] == {"data": 1.5} and found["peak_memory_bytes"] > 2**20
+        assert all(ranks[t].equal(RANKS[t]) for t in RANKS)
+    assert "**" in capsys.readouterr().out
+    (tmp_path / "ranks.json").unlink()
+    with pytest.raises(FileNotFoundError, match="ranks.json"):
+        report.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="results.json"):
+        report.load(tmp_path / "nowhere")
