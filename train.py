@@ -74,7 +74,7 @@ def set_up(cfg: Config) -> Run:
 
     # the base: pretrained, or learnt here on D0; then LoRA around every projection
     generator = torch.Generator().manual_seed(cfg.seed)
-    model.grow(ids.codes.shape[1] * ids.n_codes, generator)
+    model.grow(ids.codes.shape[1] * ids.n_codes, generator, cfg.init)
     if prepare.from_scratch(cfg):
         continual.learn_base(model, data.stages[0], template, cfg, Journal(out / "metrics.jsonl", "base"))
     inject(model, cfg.rank, cfg.alpha, cfg.dropout, generator=generator)

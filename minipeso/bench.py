@@ -3,20 +3,20 @@
     python -m minipeso.bench train       LoRA steps on the sliding-window pairs of whole users
     python -m minipeso.bench generate    the ten best items of 64 users, over a trie of 26,000
 
-Both sides get the same weights and data, take turns in one process, and are first held to the same
-results: a faster wrong answer is no answer. On a busy machine trust the ratios, not the ms. The
-peers need the test extras (pip install -e '.[test]').
+Both sides get the same weights and data, are held to the same results first, and then take turns
+in one process. On a busy machine trust the ratios, not the ms. The peers are test extras.
 """
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable
-from itertools import groupby
-from statistics import median
+from dataclasses import asdict, replace
+from functools import partial, reduce
+from operator import getitem
 from typing import NamedTuple
 
 import numpy as np
@@ -28,35 +28,22 @@ from minipeso.beam import beam_search
 from minipeso.config import UsageError, guard, resolve
 from minipeso.continual import answer_loss, choose_trainable
 from minipeso.llama import Llama, LlamaConfig
-from minipeso.lora import PREFIX, TARGETS, adapter_parameters, adapters, inject
+from minipeso.lora import TARGETS, adapters, inject
 from minipeso.prepare import llama_config
 from minipeso.stages import Example, Stage, examples
-from minipeso.tokens import IGNORE, Row, Template, batches, code_tokens, collate, rows
+from minipeso.tokens import IGNORE, Template, code_tokens, collate, rows
 from minipeso.trie import Trie
 
-LEVELS, BEAMS, WINDOW = 4, 10, 20
-SHAPES = ("tiny", "small", "small-bigvocab")  # --base tiny, --base small; the words of Llama 3 on 256 units
+LEVELS, BEAMS, WINDOW, RANK, ALPHA = 4, 10, 20, 8, 16
 
 
 class Case(NamedTuple):
-    """One model, written twice, and a catalogue."""
-
+    """One adapted model, written twice, and a catalogue."""
     ours: Llama
-    peer: torch.nn.Module  # peft.PeftModelForCausalLM
+    peer: torch.nn.Module  # peft.PeftModel
     template: Template
     codes: np.ndarray  # (items, L)
 
-
-class Contest(NamedTuple):
-    """Contenders that do the same work, ours first, and what was found equal before."""
-
-    runs: dict[str, Callable[[], object]]
-    count: int
-    unit: str
-    equal: str
-
-
-# -- the same model on both sides -------------------------------------------------------------------
 
 def libraries():
     """The modules transformers and peft; UsageError if they are not installed."""
@@ -64,273 +51,199 @@ def libraries():
         import peft
         import transformers
     except ImportError as error:
-        raise UsageError(f"the peers of the benchmark are missing\n{error}\n"
-                         "pip install -e '.[test]'") from error
-    transformers.utils.logging.set_verbosity_error()
+        raise UsageError(f"the benchmark's peers are missing\n{error}\npip install -e '.[test]'") from error
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     return transformers, peft
 
 
 def shape_of(name: str) -> LlamaConfig:
-    """What --base tiny or small trains from scratch; small-bigvocab has a real vocabulary."""
+    """What --base tiny or small trains from scratch; small-bigvocab: 256 units with Llama 3's words."""
     if name != "small-bigvocab":
         return llama_config(resolve({"base": name}))
-    return dataclasses.replace(llama_config(resolve({"base": "small"})), vocab_size=128256,
-                               hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
-                               num_attention_heads=8, num_key_value_heads=2, head_dim=32)
+    return replace(shape_of("small"), vocab_size=128256, hidden_size=256, intermediate_size=1024,
+                   num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=32)
 
 
-def make_case(shape: LlamaConfig, items: int = 26_000, n_codes: int = 256, device: str = "cpu",
-              seed: int = 0) -> Case:
-    """Random weights and distinct random codes. B is not zero, or A would get no gradient."""
-    generator = torch.Generator().manual_seed(seed)
+def make_case(shape: LlamaConfig, items: int = 26_000, n_codes: int = 256, device="cpu") -> Case:
+    """Random weights and distinct codes. B is not zero as in a new adapter: A would get no gradient."""
+    generator = torch.Generator().manual_seed(0)
     ours = Llama(shape).initialise(generator, std=0.05)
     ours.grow(LEVELS * n_codes, generator, std=0.05)
-    inject(ours, rank=8, alpha=16, generator=generator)
+    inject(ours, RANK, ALPHA, generator=generator)
     choose_trainable(ours, "adapter")
     for _, layer in adapters(ours):
         layer.B.data.normal_(0, 0.02, generator=generator)
-    keys = np.random.default_rng(seed).choice(n_codes**LEVELS, items, replace=False)
+    keys = np.random.default_rng(0).choice(n_codes**LEVELS, items, replace=False)
     codes = keys[:, None] // n_codes ** np.arange(LEVELS)[::-1] % n_codes  # (items, L)
-    first = shape.vocab_size
-    template = Template((0,), (), (), (), code_tokens(codes, n_codes, first), first, n_codes)
+    template = Template((0,), (), (), (), code_tokens(codes, n_codes, shape.vocab_size), shape.vocab_size, n_codes)
     return Case(ours.to(device), peer_of(ours).to(device), template, codes)
 
 
 @torch.no_grad()
-def peer_of(ours: Llama):
+def peer_of(ours: Llama) -> torch.nn.Module:
     """transformers' Llama in peft's adapter, with copies of our weights."""
     transformers, peft = libraries()
-    table = ours.model.embed_tokens
-    tokens = torch.cat([table.weight, table.rows])  # (V, d)
-    fields = dataclasses.asdict(ours.config) | {"vocab_size": len(tokens)}
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **fields, bos_token_id=0, eos_token_id=None, pad_token_id=0))
+    tokens = torch.cat([ours.model.embed_tokens.weight, ours.model.embed_tokens.rows])  # (V, d)
+    changes = {"vocab_size": len(tokens), "eos_token_id": None, "pad_token_id": 0}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**asdict(ours.config) | changes))
     weights = {name: t for name, t in ours.state_dict().items() if name.endswith(".weight")}
     base.load_state_dict(weights | {"model.embed_tokens.weight": tokens, "lm_head.weight": tokens})
-    peer = peft.get_peft_model(base, peft.LoraConfig(
-        r=8, lora_alpha=16, lora_dropout=0.0, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
-    for name, layer in adapters(ours):
-        other = peer.get_submodule(PREFIX + name)
-        other.lora_A["default"].weight.copy_(layer.A)
-        other.lora_B["default"].weight.copy_(layer.B)
+    peer = peft.get_peft_model(base, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS)))
+    for theirs, p in zip(trainable(peer), trainable(ours), strict=True):
+        theirs.copy_(p)
     return peer
 
 
-# -- training ---------------------------------------------------------------------------------------
+def trainable(model: torch.nn.Module) -> list[Tensor]:
+    """A and B of every adapted layer; both sides list them in the same order."""
+    return [p for p in model.parameters() if p.requires_grad]
 
-def draw_pairs(n_items: int, users: int, seed: int = 0) -> list[Example]:
-    """Training pairs of users with 5 items and a geometric rest, 7.5 in the mean, as Amazon's have.
-    No history outgrows the window."""
+
+def draw_pairs(n_items: int, users: int, seed: int) -> list[Example]:
+    """Training pairs of users with 5 items or more, 7.5 in the mean, like Amazon's; no window slides."""
     rng = np.random.default_rng(seed)
-    length = np.minimum(4 + rng.geometric(1 / 3.5, users), WINDOW + 2)
-    current = {u: rng.integers(0, n_items, l).tolist() for u, l in enumerate(length)}
-    return examples(Stage(1, {u: [] for u in current}, current), "train", WINDOW)
+    lengths = np.minimum(4 + rng.geometric(1 / 3.5, users), WINDOW + 2)
+    current = {user: rng.integers(0, n_items, length).tolist() for user, length in enumerate(lengths)}
+    return examples(Stage(1, {user: [] for user in current}, current), "train", WINDOW)
 
 
-def peer_batch(pairs: list[Example], template: Template, device, left: bool) -> dict[str, Tensor]:
-    """One padded row a pair, labels on the answer."""
-    prompts = [template.trunk(pair.history) for pair in pairs]
-    answers = [template.answer(pair.target) for pair in pairs]
-    side = "left" if left else "right"
-    ids, seen, labels = (
-        pad_sequence([torch.tensor(row) for row in of], True, padding, side).to(device)
-        for padding, of in ((0, [p + a for p, a in zip(prompts, answers)]),
-                            (0, [[1] * len(p + a) for p, a in zip(prompts, answers)]),
-                            (IGNORE, [[IGNORE] * len(p) + a for p, a in zip(prompts, answers)])))
-    return {"input_ids": ids, "attention_mask": seen, "labels": labels}  # (pairs, l) each
+def peer_loss(peer, template: Template, tuned: bool, pairs: list[Example]) -> Tensor:
+    """Eq. 2 by transformers: one padded row a pair, labels on the answer.
+    tuned: padded on the left, so that all answers stand at the end and the head can skip the rest."""
+    parts = [(template.trunk(pair.history), template.answer(pair.target)) for pair in pairs]
+    full = [torch.tensor(prompt + answer) for prompt, answer in parts]
+    marked = [torch.tensor([IGNORE] * len(prompt) + answer) for prompt, answer in parts]
+    ids, labels = (pad_sequence(some, True, IGNORE, "left" if tuned else "right").to(peer.device)
+                   for some in (full, marked))  # (pairs, l) each
+    seen = (ids != IGNORE).long()
+    kept = LEVELS + 1 if tuned else ids.shape[1]  # transformers shifts the labels by one itself
+    return peer(input_ids=ids * seen, attention_mask=seen, labels=labels[:, -kept:], logits_to_keep=kept,
+                use_cache=False).loss
 
 
-def peer_loss(peer, pairs: list[Example], template: Template, keep: bool = False) -> Tensor:
-    """Eq. 2 by transformers. keep: padded on the left, so that the head can skip the prompts."""
-    batch = peer_batch(pairs, template, peer.device, left=keep)
-    if keep:
-        last = LEVELS + 1  # transformers shifts: the answer and the position before it
-        batch |= {"labels": batch["labels"][:, -last:], "logits_to_keep": last}
-    return peer(**batch, use_cache=False).loss
+def train_contest(case: Case, users: int = 6, steps: int = 4) -> tuple[dict, int, str, str]:
+    """`steps` steps of AdamW on the pairs of `users` users each, about 32. -> runs by name (ours
+    first), how much work a run is, its unit, what was found equal."""
+    ours, peer, template = case.ours.train(), case.peer.train(), case.template
+    data = [draw_pairs(len(case.codes), users, seed) for seed in range(steps)]
+    contenders = {
+        "ours": (ours, lambda pairs: answer_loss(ours, collate(rows(pairs, template), ours.device))),
+        "peft": (peer, partial(peer_loss, peer, template, False)),
+        "peft, head on answers only": (peer, partial(peer_loss, peer, template, True))}
+    loss, grad = same_training(list(contenders.values()), data)
+    runs = {name: partial(train, loss_of, data, torch.optim.AdamW(trainable(model), lr=1e-4, fused=True))
+            for name, (model, loss_of) in contenders.items()}
+    return runs, sum(map(len, data)), "examples", f"loss to {loss:.0e}, gradient of A and B to {grad:.0e}"
 
 
-def train_contest(case: Case, pairs: int = 32, steps: int = 4, seed: int = 0) -> Contest:
-    """`steps` steps of AdamW on about `pairs` pairs each: whole users, as tokens.batches cuts them."""
-    drawn = draw_pairs(len(case.codes), steps * pairs, seed)
-    users = [list(group) for _, group in groupby(drawn, key=lambda pair: pair.user)]
-    built = rows(drawn, case.template)  # one a user, since no window slides
-    pairs_of = {id(row): own for row, own in zip(built, users, strict=True)}
-    chosen = batches(built, pairs, torch.Generator().manual_seed(seed))[:steps]
-    flat = [[pair for row in batch for pair in pairs_of[id(row)]] for batch in chosen]
-    ours, peer = case.ours.train(), case.peer.train()
-    weights = adapter_parameters(ours), peer_parameters(case)
-
-    def our_loss(batch: list[Row]) -> Tensor:
-        return answer_loss(ours, collate(batch, ours.device))
-
-    def peft(batch: list[Example]) -> Tensor:
-        return peer_loss(peer, batch, case.template)
-
-    def tuned(batch: list[Example]) -> Tensor:
-        return peer_loss(peer, batch, case.template, keep=True)
-
-    check = [same_training(our_loss, other, weights, batch, own)
-             for other in (peft, tuned) for batch, own in zip(chosen, flat)]
-    runs = {"ours": stepper(our_loss, weights[0], chosen), "peft": stepper(peft, weights[1], flat),
-            "peft, head on answers only": stepper(tuned, weights[1], flat)}
-    return Contest(runs, sum(map(len, flat)), "examples",
-                   "loss to {:.0e}, gradient of the adapter to {:.0e}".format(*map(max, zip(*check))))
+def same_training(contenders: list[tuple[torch.nn.Module, Callable]], data: list) -> list[float]:
+    """The largest relative differences of losses and gradients; FloatingPointError if beyond rounding."""
+    found = []
+    for model, loss_of in contenders:
+        losses = [loss_of(pairs) for pairs in data]
+        grads = [g.flatten() for loss in losses for g in torch.autograd.grad(loss, trainable(model))]
+        found.append((torch.stack(losses).detach(), torch.cat(grads)))
+    apart = [torch.stack([(x - first).norm() / first.norm() for x in others]).max().item()
+             for first, *others in zip(*found)]
+    if not (apart[0] <= 1e-5 and apart[1] <= 1e-4):
+        raise FloatingPointError("the contenders do not train the same\nloss differs by {:.1e}, gradient by "
+                                 "{:.1e}\ntimings of different work mean nothing".format(*apart))
+    return apart
 
 
-def peer_parameters(case: Case) -> list[Tensor]:
-    """The peer's A and B, in the order of lora.adapter_parameters."""
-    layers = [case.peer.get_submodule(PREFIX + name) for name, _ in adapters(case.ours)]
-    return [m["default"].weight for layer in layers for m in (layer.lora_A, layer.lora_B)]
+def train(loss_of: Callable, data: list, optimiser: torch.optim.Optimizer) -> None:
+    for pairs in data:
+        optimiser.zero_grad()
+        loss_of(pairs).backward()
+        optimiser.step()
 
 
-def same_training(ours: Callable, peer: Callable, weights, rows, pairs) -> tuple[float, float]:
-    """The relative differences of loss and LoRA gradient; FloatingPointError if they are no rounding."""
-    losses, grads = [], []
-    for loss_of, batch, parameters in ((ours, rows, weights[0]), (peer, pairs, weights[1])):
-        loss = loss_of(batch)
-        losses.append(loss.item())
-        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
-    loss = abs(losses[0] / losses[1] - 1)
-    grad = ((grads[0] - grads[1]).norm() / grads[1].norm()).item()
-    if not (loss <= 1e-5 and grad <= 1e-4):
-        raise FloatingPointError(f"the contenders do not train the same\nloss differs by {loss:.1e}, "
-                                 f"gradient by {grad:.1e}\ntimings of different work mean nothing")
-    return loss, grad
-
-
-def stepper(loss_of: Callable, parameters: list[Tensor], data: list) -> Callable[[], None]:
-    optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-    def run() -> None:
-        for batch in data:
-            optimiser.zero_grad()
-            loss_of(batch).backward()
-            optimiser.step()
-    return run
-
-
-# -- decoding ---------------------------------------------------------------------------------------
-
-def generate_contest(case: Case, users: int = 64, seed: int = 0) -> Contest:
-    """One batch of users with 5 to 20 items. The peer's adapter is merged: its faster way."""
-    rng = np.random.default_rng(seed)
+def generate_contest(case: Case, users: int = 64) -> tuple[dict, int, str, str]:
+    """One batch of users with 5 to 20 items. The peer's adapter is merged, which is its faster way."""
+    rng = np.random.default_rng(0)
     prompts = [case.template.prompt(rng.integers(0, len(case.codes), n)).to(case.ours.device)
                for n in rng.integers(5, WINDOW + 1, users)]
     ours, merged = case.ours.eval(), case.peer.merge_and_unload().eval()
-    trie = Trie(torch.from_numpy(case.codes), case.template.n_codes).to(ours.device)
-    tree = dict_trie(case.template.items)
-    runs = {
-        "ours": lambda: beam_search(ours, prompts, trie, case.template.first_token, BEAMS),
-        "generate": lambda: peer_search(merged, prompts, tree),
-        "generate, prompt once per user": lambda: peer_search(merged, prompts, tree, once=True)}
+    first, n_codes = case.template.first_token, case.template.n_codes
+    trie = Trie(torch.from_numpy(case.codes), n_codes).to(ours.device)
+    tree: dict = {}  # of tokens, nested: the usual companion of generate()
+    for item in case.template.items.tolist():
+        reduce(lambda node, token: node.setdefault(token, {}), item, tree)
+    runs = {"ours": partial(beam_search, ours, prompts, trie, first, BEAMS),
+            "generate": partial(peer_search, merged, prompts, tree, False),
+            "generate, prompt once a user": partial(peer_search, merged, prompts, tree, True)}
     codes, scores = runs["ours"]()
-    items = codes + torch.from_numpy(code_tokens(np.zeros((1, LEVELS)), trie.n_codes,
-                                                 case.template.first_token)).to(ours.device)
-    apart = max(same_search(items, scores, *runs[name]()) for name in list(runs)[1:])
-    return Contest(runs, users, "users", f"{BEAMS} items of every user, scores to {apart:.0e}")
-
-
-def dict_trie(items: np.ndarray) -> dict:
-    """Nested dictionaries of tokens, the usual companion of generate()."""
-    tree: dict = {}
-    for item in items.tolist():
-        node = tree
-        for token in item:
-            node = node.setdefault(token, {})
-    return tree
+    items = codes + first + n_codes * torch.arange(LEVELS, device=codes.device)
+    apart = max(same_search(items, scores, *run()) for name, run in runs.items() if name != "ours")
+    return runs, users, "users", f"the {BEAMS} items of every user, scores to {apart:.0e}"
 
 
 @torch.no_grad()
-def peer_search(model, prompts: list[Tensor], tree: dict, once: bool = False) -> tuple[Tensor, Tensor]:
-    """tokens (n, beams, L) and scores (n, beams) by generate(). once: the prompt is computed once per
-    user, not once per beam, and its cache repeated by hand."""
-    ids = pad_sequence(prompts, True, padding_side="left")  # (n, l)
-    seen = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left")
-    longest, extra = ids.shape[1], {}
-
-    def allowed(user: int, sent: Tensor) -> list[int]:
-        node = tree
-        for token in sent[longest:].tolist():
-            node = node[token]
-        return list(node)
-
-    if once:
-        positions = (seen.cumsum(1) - 1).clamp(min=0)[:, :-1]
-        cache = model(ids[:, :-1], attention_mask=seen[:, :-1], position_ids=positions, use_cache=True,
-                      logits_to_keep=1).past_key_values
+def peer_search(model, prompts: list[Tensor], tree: dict, tuned: bool) -> tuple[Tensor, Tensor]:
+    """tokens (n, beams, L) and scores (n, beams) by transformers' generate(). tuned: the prompt is
+    computed once a user instead of once a beam, and its cache is repeated by hand."""
+    ids, seen = (pad_sequence(p, True, 0, "left") for p in (prompts, [torch.ones_like(p) for p in prompts]))
+    longest, extra = ids.shape[1], {}  # ids (n, longest)
+    if tuned:
+        cache = model(ids[:, :-1], attention_mask=seen[:, :-1], logits_to_keep=1, use_cache=True,
+                      position_ids=(seen.cumsum(1) - 1).clamp(min=0)[:, :-1]).past_key_values
         cache.batch_repeat_interleave(BEAMS)
         extra["past_key_values"] = cache
-    out = model.generate(ids, attention_mask=seen, prefix_allowed_tokens_fn=allowed, max_new_tokens=LEVELS,
-                         num_beams=BEAMS, num_return_sequences=BEAMS, do_sample=False, length_penalty=0.0,
-                         early_stopping=False, output_scores=True, return_dict_in_generate=True, **extra)
+    out = model.generate(ids, attention_mask=seen, max_new_tokens=LEVELS, num_beams=BEAMS, do_sample=False,
+                         num_return_sequences=BEAMS, length_penalty=0.0, early_stopping=False, output_scores=True,
+                         return_dict_in_generate=True, prefix_allowed_tokens_fn=lambda user, sent: list(
+                             reduce(getitem, sent[longest:].tolist(), tree)), **extra)
     return out.sequences[:, longest:].view(-1, BEAMS, LEVELS), out.sequences_scores.view(-1, BEAMS)
 
 
 def same_search(items: Tensor, scores: Tensor, peer_items: Tensor, peer_scores: Tensor) -> float:
-    """The largest difference of a score; FloatingPointError unless every user gets the same items
-    (near ties may change places) with scores within 1e-4."""
-    ours, peers = ([set(map(tuple, user)) for user in x.tolist()] for x in (items, peer_items))
-    other = sum(a != b for a, b in zip(ours, peers, strict=True))
-    apart = (scores - peer_scores).abs().max().item()
+    """The largest difference of a score; FloatingPointError above 1e-4, and if a user's items differ as a set."""
+    found = zip(*([set(map(tuple, user)) for user in x.tolist()] for x in (items, peer_items)), strict=True)
+    other, apart = sum(a != b for a, b in found), (scores - peer_scores).abs().max().item()
     if other or not apart <= 1e-4:
-        raise FloatingPointError(f"the contenders do not find the same\n{other} of {len(ours)} users get other "
-                                 f"items, scores differ by {apart:.1e}\ntimings of different work mean nothing")
+        raise FloatingPointError(f"the contenders do not find the same\n{other} of {len(items)} users have "
+                                 f"other items, scores {apart:.1e} apart\ntimings of different work mean nothing")
     return apart
 
 
-# -- the clock --------------------------------------------------------------------------------------
-
-def compare(runs: dict[str, Callable], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of every contender in every round. They take turns, in alternating order."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+def compare(runs: dict[str, Callable], rounds: int, wait: Callable[[], None]) -> dict[str, list[float]]:
+    """Seconds of every contender in every round: they take turns, in alternating order, once to warm up."""
     seconds = {name: [] for name in runs}
-    for run in runs.values():
-        run()  # warm-up
-    for turn in range(rounds):
+    for turn in range(rounds + 1):
         for name in list(runs)[::-1 if turn % 2 else 1]:
             wait()
             began = time.perf_counter()
             runs[name]()
             wait()
             seconds[name].append(time.perf_counter() - began)
-    return seconds
+    return {name: times[1:] for name, times in seconds.items()}
 
 
-def table(contest: Contest, seconds: dict[str, list[float]]) -> str:
-    """One line a contender; the ratio is taken round by round, then its median and range."""
-    ours, lines = next(iter(seconds.values())), []
+def run(task: str, case: Case, rounds: int) -> None:
+    """Prints what was found equal, and one line a contender; its ratio is of pairs of rounds."""
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}",
+          *(f"{module.__name__} {module.__version__}" for module in (torch, *libraries())), sep=", ")
+    runs, count, unit, equal = {"train": train_contest, "generate": generate_contest}[task](case)
+    shape, on_gpu = case.ours.config, case.ours.device.type == "cuda"
+    print(f"{task} on {case.ours.device}: hidden {shape.hidden_size}, {shape.num_hidden_layers} layers, "
+          f"vocabulary {shape.vocab_size} + {LEVELS * case.template.n_codes}, {count} {unit}\nequal: {equal}")
+    seconds = compare(runs, rounds, torch.cuda.synchronize if on_gpu else lambda: None)
     for name, times in seconds.items():
-        ratio = [peer / own for peer, own in zip(times, ours)]
-        lines.append(f"{name:31}{median(times) * 1e3:10.1f} ms {contest.count / median(times):10,.1f} "
-                     f"{contest.unit}/s   {median(ratio):6.2f} x ours [{min(ratio):.2f}, {max(ratio):.2f}]")
-    return "\n".join(lines)
+        ratio = [theirs / ours for theirs, ours in zip(times, seconds["ours"])]
+        print(f"{name:29}{np.median(times) * 1e3:10.1f} ms {count / np.median(times):10,.1f} {unit}/s   "
+              f"{np.median(ratio):6.2f} x ours [{min(ratio):.2f}, {max(ratio):.2f}]")
 
 
-def machine() -> str:
-    transformers, peft = libraries()
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return (f"{os.cpu_count()} cores, {torch.get_num_threads()} threads{load}; Python {platform.python_version()}, "
-            f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m minipeso.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("train", "generate"))
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--shape", choices=("tiny", "small", "small-bigvocab"), default="tiny")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.rounds < 1:
         raise UsageError(f"--rounds is out of range\nfound {args.rounds}\ngive a number >= 1")
-    print(machine())
-    shape = shape_of(args.shape)
-    case = make_case(shape, device=args.device)
-    contest = (train_contest if args.task == "train" else generate_contest)(case)
-    print(f"{args.task}: hidden {shape.hidden_size}, {shape.num_hidden_layers} layers, vocabulary "
-          f"{shape.vocab_size} + {LEVELS * case.template.n_codes}, {contest.count} {contest.unit}, {args.device}\n"
-          f"equal: {contest.equal}")
-    print(table(contest, compare(contest.runs, args.rounds, args.device)))
+    run(args.task, make_case(shape_of(args.shape), device=args.device), args.rounds)
 
 
 if __name__ == "__main__":

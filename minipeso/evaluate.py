@@ -22,6 +22,9 @@ class Ranker:
                  hit: str = "item"):
         self.template, self.beams, self.hit = template, beams, hit
         codes = ids.codes[known]  # (known, L)
+        if ids.n_codes ** codes.shape[1] > 2**63:
+            raise ValueError(f"semantic IDs too long to be numbered\n{ids.n_codes} codes on {codes.shape[1]} levels "
+                             "are more IDs than 63 bits count\nuse fewer --levels or --codes")
         self.trie = Trie(codes, ids.n_codes)
         key, order = self._key(codes).sort(stable=True)  # items that share an ID: by item number
         self.keys, self.key_of = key, dict(zip(known, self._key(codes).tolist()))

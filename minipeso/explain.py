@@ -108,8 +108,8 @@ def _meta_model(cfg: Config) -> Llama:
 # -- the walk of one item ---------------------------------------------------------------------------
 
 def explain(model: Llama, data: prepare.Dataset, ids: SemanticIDs, template: Template, cfg: Config) -> None:
-    """One test user of the last stage, preferably one whose item was found, through every step."""
-    stage, known = data.stages[-1], data.known[-1]
+    """One test user of the last stage with any, preferably one whose item was found, through every step."""
+    stage, known = next(pair for pair in zip(data.stages[::-1], data.known[::-1]) if pair[0].current)
     test = examples(stage, "test", cfg.window)
     ranker = Ranker(ids, known, template, cfg.beams, cfg.hit)
     ranks = ranker.ranks(model, test[:200], cfg.eval_batch)
@@ -127,7 +127,7 @@ def _walk(model, data, ids, template, cfg, example: Example) -> list[tuple[str, 
     prompt = template.prompt(example.history).to(model.device)
     with torch.no_grad():
         loss = answer_loss(model, collate(rows([example], template), model.device)).item()
-    trie = Ranker(ids, data.known[-1], template).trie.to(model.device)
+    trie = Ranker(ids, data.known[example.stage - 1], template).trie.to(model.device)
     codes, scores = beam_search(model, [prompt], trie, template.first_token, cfg.beams)
     found = [(ids.item_of(code), score) for code, score in zip(codes[0].tolist(), scores[0].tolist()) if code[0] >= 0]
     return [

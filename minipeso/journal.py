@@ -38,10 +38,14 @@ class Journal:
 
 
 def counter(name: str, total: int, unit: str) -> Callable[[int], None]:
-    """A bar as a function of how many are done since the last call; gone when all are."""
-    bar = tqdm(total=total, desc=name, unit=unit, leave=False)
+    """A bar as a function of how many are done since the last call; it appears with the first and
+    goes when all are done."""
+    bar = None
 
     def advance(n: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, desc=name, unit=unit, leave=False)
         bar.update(n)
         if bar.n >= total:
             bar.close()

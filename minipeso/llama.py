@@ -48,7 +48,7 @@ class LlamaConfig:
                 raise ValueError(f"config.json has {name} = {config[name]!r}; only {allowed!r} is supported")
         heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
         if heads % groups:
-            raise ValueError(f"config.json has {heads} heads, no multiple of its {groups} key/value heads")
+            raise ValueError(f"config.json has {heads} heads, no multiple of {groups} key/value heads")
         rope_frequencies(config["rope_parameters"], config["head_dim"])  # fails here if it is unknown
         return cls(**{f.name: config[f.name] for f in fields(cls)})
 
@@ -104,7 +104,8 @@ class Rotary(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.speed = self.frequencies(self.speed.dtype).to(self.speed.device)  # .to(bfloat16) would have rounded the angles
+        # .to(bfloat16) would have rounded the angles
+        self.speed = self.frequencies(self.speed.dtype).to(self.speed.device)
         return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -74,10 +74,13 @@ def known_items(stages: list[Stage]) -> list[list[int]]:
 
 def _from_release(folder: Path) -> Dataset:
     stages, ids_file = read_release(folder)
-    if stages[0].number != 1:
-        raise UsageError(f"D1 is missing\n{folder} begins with stage {stages[0].number}\n"
-                         "add its block_0.json: the adapter is learnt on D1 first")
-    highest = max(max(max(s.items), max((max(h) for h in s.history.values() if h), default=0)) for s in stages)
+    numbers = [stage.number for stage in stages]
+    if numbers != list(range(1, max(len(numbers), 2) + 1)):
+        raise UsageError(f"D1 is missing, or a stage after it\n{folder} holds D{', D'.join(map(str, numbers))}\n"
+                         "add the others' block_k.json (k = 0 is D1): each stage goes on from the one before")
+    if not stages[0].current:
+        raise UsageError(f"D1 has no users\n{folder}, block_0.json is empty\nfetch the file again")
+    highest = max(i for s in stages for part in (s.history, s.current) for items in part.values() for i in items)
     return Dataset(stages, [], [str(i) for i in range(highest + 1)], None, ids_file, [], folder)
 
 
@@ -134,7 +137,7 @@ def load_model(cfg: Config) -> Llama:
     dtype = getattr(torch, cfg.dtype.replace("auto", "bfloat16" if device == "cuda" else "float32"))
     if from_scratch(cfg):
         generator = torch.Generator().manual_seed(cfg.seed)
-        return Llama(llama_config(cfg)).initialise(generator).to(device, dtype)
+        return Llama(llama_config(cfg)).initialise(generator, cfg.init).to(device, dtype)
     return load_llama(cfg.base, dtype, device)
 
 

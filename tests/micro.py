@@ -18,8 +18,6 @@ from minipeso.semantic_ids import SemanticIDs
 from minipeso.synthetic import ADJECTIVES, DEPARTMENTS
 from minipeso.tokens import QUESTIONS
 
-torch.set_num_threads(1)  # two threads over matrices of 16 columns only wait for each other
-
 MICRO = dict(world_users=60, world_items=60, stages=3, levels=2, codes=8, latent=4, rqvae_hidden=(16,), rqvae_epochs=2,
              text_width=16, hidden=16, layers=1, heads=2, kv_heads=1, intermediate=16, base_epochs=1, base_lr=3e-3,
              rank=2, lr=1e-3, later_lr=0.5, epochs=1, batch=8, beams=10, compare="single")
@@ -70,7 +68,8 @@ def fingerprint(out: Path) -> dict[str, object]:
 def checkpoint(folder: Path, seed: int = 0, words: int = WORDS) -> Path:
     """A random Llama with a tokenizer of whole words, in the Hub's layout."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = " ".join([*QUESTIONS.values(), *ADJECTIVES, *DEPARTMENTS, *(k for kinds in DEPARTMENTS.values() for k in kinds)])
+    kinds = (kind for kinds in DEPARTMENTS.values() for kind in kinds)
+    text = " ".join([*QUESTIONS.values(), *ADJECTIVES, *DEPARTMENTS, *kinds])
     vocabulary = ["<unk>", "<|begin_of_text|>", "<|end_of_text|>", *sorted(set(re.findall(r"\w+|[^\w\s]+", text)))]
     vocabulary += [f"reserved{i}" for i in range(WORDS - len(vocabulary))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))

@@ -19,6 +19,7 @@ SAME = {8: 3, 11: 3, 6: 5, 13: 0}
 def catalogue() -> SemanticIDs:
     draw = torch.randperm(N_CODES**LEVELS, generator=torch.Generator().manual_seed(2))[:ITEMS]
     codes = torch.stack([draw // N_CODES**2, draw // N_CODES % N_CODES, draw % N_CODES], 1)
+    codes[1] = 0  # an ID like any other
     for item, other in SAME.items():
         codes[item] = codes[other]
     return SemanticIDs(codes, N_CODES)
@@ -85,6 +86,15 @@ def test_every_user_counts_and_what_is_not_found_is_0():
         assert not Ranker(IDS, KNOWN, TEMPLATE, ITEMS, hit).ranks(MODEL, unknown).any()
 
 
+def test_ids_that_overflow_are_refused():
+    """256 codes on 8 levels do not fit the integer that stands for an ID: an error, not a wrong rank."""
+    codes = torch.zeros(2, 8, dtype=torch.long)
+    codes[1, 7] = 1
+    with pytest.raises(ValueError, match="63 bits"):
+        Ranker(SemanticIDs(codes, 256), [0, 1], Template.short(codes, 256))
+    Ranker(SemanticIDs(codes[:, 1:], 256), [0, 1], Template.short(codes[:, 1:], 256))
+
+
 def test_nobody_to_rank_gives_no_rank():
     """A stage without users is an empty tensor, not an error."""
     assert Ranker(IDS, KNOWN, TEMPLATE).ranks(MODEL, []).tolist() == []
@@ -107,7 +117,7 @@ def test_dropout_is_off_while_ranking():
 def test_reference_hits_by_hand():
     """Random: top / known items. Popularity: the most taken of D_1 .. D_t without any stage's last two items
     of a user, ties to the lower number; the target is the last item. An empty stage has none."""
-    first = Stage(1, {1: [], 2: [], 3: []}, {1: [0, 0, 1, 2, 1], 2: [1, 0, 5, 0], 3: [4, 4, 4, 6, 3]})
+    first = Stage(1, {1: [], 2: [], 3: []}, {1: [0, 0, 1, 4, 1], 2: [1, 0, 5, 0], 3: [4, 4, 4, 6, 3]})
     # D_1 without the last two of each: 0 three times, 4 three times, 1 twice
     second = Stage(2, {4: [], 5: []}, {4: [1, 1, 7, 9, 1], 5: [7, 8, 9]})  # adds 1 twice, 7 twice: 1 leads with four
     stages, known = [first, second, Stage(3, {}, {})], [list(range(7)), list(range(10)), list(range(10))]

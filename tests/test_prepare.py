@@ -21,10 +21,12 @@ JANUARY_2020, JANUARY_2021 = 1_577_836_800_000, 1_609_459_200_000  # ms, UTC
 def raw(folder: Path) -> tuple[dict[str, list[tuple[int, str]]], dict[str, str]]:
     """{user: [(time, item)]} and {item: title}, read without the package."""
     events = defaultdict(list)
-    for line in next(p for p in folder.glob("*.jsonl") if not p.name.startswith("meta")).open():
+    review_file = next(p for p in folder.glob("*.jsonl") if not p.name.startswith("meta"))
+    for line in review_file.read_text().splitlines():
         row = json.loads(line)
         events[row["user_id"]].append((row["timestamp"], row["parent_asin"]))
-    titles = {row["parent_asin"]: row["title"] for row in map(json.loads, next(folder.glob("meta*")).open())}
+    meta = map(json.loads, next(folder.glob("meta*")).read_text().splitlines())
+    titles = {row["parent_asin"]: row["title"] for row in meta}
     return {user: sorted(taken) for user, taken in events.items()}, titles
 
 
@@ -166,11 +168,15 @@ def test_a_history_may_name_items_that_no_stage_has(tmp_path):
         prepare.semantic_ids(cfg, data, None, None)
 
 
-def test_the_first_block_is_needed(tmp_path):
-    """The adapter is learnt on D_1 first: a folder that starts later is refused."""
-    folder = blocks(tmp_path / "data", STAGES, [[i, i] for i in range(5)])
-    (folder / "C.all.block_0.json").unlink()
-    with pytest.raises(UsageError, match="D1 is missing"):
+@pytest.mark.parametrize("missing, left", [(0, "D2, D3"), (1, "D1, D3")])
+def test_every_block_is_needed(missing, left, tmp_path):
+    """Each stage goes on from the one before: a folder that starts later, has a gap, or D_1 alone is refused."""
+    folder = blocks(tmp_path / "data", [*STAGES, {2: [0, 1, 4]}], [[i, i] for i in range(5)])
+    (folder / f"C.all.block_{missing}.json").unlink()
+    with pytest.raises(UsageError, match=f"holds {left}\n"):
+        prepare.load_dataset(micro(tmp_path, dataset=str(folder)), tmp_path)
+    (folder / "C.all.block_2.json").unlink()
+    with pytest.raises(UsageError, match="holds D[12]\n"):
         prepare.load_dataset(micro(tmp_path, dataset=str(folder)), tmp_path)
 
 
