@@ -64,7 +64,7 @@ class LoRALinear(nn.Module):
         self.B_prev.copy_(self.B)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + self.delta(x)
+        return F.linear(x, self.weight).add_(self.delta(x))  # in place: no third array of this size
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

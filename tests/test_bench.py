@@ -41,7 +41,7 @@ def test_training_is_compared_on_equal_losses_and_gradients(changes):
     runs, count, unit, equal = bench.train_contest(case, users=3, steps=2)
     loss, gradient = map(float, re.findall(r"\de[+-]\d\d", equal))
     assert loss <= 1e-5 and gradient <= 1e-4, equal
-    assert list(runs)[0] == "ours" and len(runs) == 3 and unit == "examples" and count >= 2 * 3 * 3
+    assert next(iter(runs)) == "ours" and len(runs) == 3 and unit == "examples" and count >= 2 * 3 * 3
     for run in runs.values():
         run()
 
