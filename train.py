@@ -41,7 +41,7 @@ def main(cfg: Config) -> None:
     methods = {name: continual.method_named(name) for name in cfg.methods}
     for method in methods.values():
         continual.penalty_named(cfg, method)  # fails now rather than at D2
-    print("\n".join(f"--{name} {value}" for name, value in config.changed(cfg).items()), end="\n\n")
+    print(config.changed(cfg), end="\n\n")
     if cfg.dry_run:
         return dry_run(cfg)
     run = set_up(cfg)
@@ -54,10 +54,10 @@ def main(cfg: Config) -> None:
 def set_up(cfg: Config) -> Run:
     """Data, semantic IDs, prompts, and the base model with a new adapter."""
     out, clock = Path(cfg.out), Clock()
-    report.begin(out, cfg)
 
     # data: interactions -> stages D1 .. D5
     data = prepare.load_dataset(cfg, out / "world")
+    report.begin(out, cfg, prepare.fingerprint(data.stages))
     stats = "\n".join([statistics_table(statistics(data.stages)), "", *data.notes])
     print(stats, end="\n\n")
     clock("data")

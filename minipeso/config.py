@@ -152,13 +152,12 @@ def from_args(argv: list[str] | None = None, description: str = "") -> Config:
                      allow_abbrev=False)
     types, notes = typing.get_type_hints(Config), field_notes()
     for field in dataclasses.fields(Config):
-        flag = "--" + ("lambda" if field.name == "lam" else field.name.replace("_", "-"))
         shown = f"{notes[field.name]} [{field.default}]".replace("%", "%%")
         if types[field.name] is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         else:
             how = dict(type=_reader(types[field.name]), metavar=field.name.upper())
-        parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=shown, **how)
+        parser.add_argument(flag(field.name), dest=field.name, default=argparse.SUPPRESS, help=shown, **how)
     return resolve(vars(parser.parse_args(argv)))
 
 
@@ -173,9 +172,21 @@ def field_notes() -> dict[str, str]:
     return notes
 
 
-def changed(cfg: Config) -> dict:
-    """The fields that differ from the dataclass's defaults."""
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
+def flag(name: str) -> str:
+    """A field's flag on the command line."""
+    return "--" + ("lambda" if name == "lam" else name.replace("_", "-"))
+
+
+def changed(cfg: Config) -> str:
+    """The settings that differ from the dataclass's defaults, as flags, a line each."""
+    pairs = [(f.name, getattr(cfg, f.name)) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default]
+    return "\n".join(flag(name) + _shown(value) for name, value in pairs)
+
+
+def _shown(value) -> str:
+    if isinstance(value, bool):
+        return ""
+    return f" {','.join(map(str, value))}" if isinstance(value, tuple) else f" {value}"
 
 
 def _reader(kind):
@@ -196,8 +207,7 @@ def _check(cfg: Config) -> None:
     for name, low in least.items():
         value = getattr(cfg, name)
         if not low <= value < float("inf"):  # a nan fails too
-            flag = "lambda" if name == "lam" else name.replace("_", "-")
-            raise UsageError(f"--{flag} is out of range\nfound {value}\ngive a number >= {low:g}")
+            raise UsageError(f"{flag(name)} is out of range\nfound {value}\ngive a number >= {low:g}")
 
 
 def unknown(name: str, value, allowed) -> str:

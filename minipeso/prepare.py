@@ -1,6 +1,8 @@
 """From a data set's name to everything that training needs: stages, texts, semantic IDs, prompts, model."""
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -63,6 +65,12 @@ def load_dataset(cfg: Config, folder: Path) -> Dataset:
     if cfg.users:
         data.stages = subset(data.stages, cfg.users, cfg.seed)
     return data
+
+
+def fingerprint(stages: list[Stage]) -> str:
+    """A hash of who took what at which stage: two runs can be compared if theirs are equal."""
+    text = json.dumps([(s.number, sorted(s.history.items()), sorted(s.current.items())) for s in stages])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def known_items(stages: list[Stage]) -> list[list[int]]:

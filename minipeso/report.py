@@ -46,14 +46,15 @@ def write_json(path: Path, value) -> None:
     os.replace(part, path)
 
 
-def begin(out: Path, cfg: Config) -> None:
-    """A new run in `out`: config.json is written, and what an older run left there is void."""
+def begin(out: Path, cfg: Config, data: str) -> None:
+    """A new run in `out` on the data of this hash: config.json is written, and what an older run
+    left there is void."""
     out.mkdir(parents=True, exist_ok=True)
     for old in (out / "results.json", *out.glob("*/results.json")):
         if old.parent == out or not (old.parent / "config.json").is_file():  # else: a run of its own, not a method's
             old.unlink(missing_ok=True)
     (out / "metrics.jsonl").write_text("")
-    write_json(out / "config.json", dataclasses.asdict(cfg) | {"versions": versions()})
+    write_json(out / "config.json", dataclasses.asdict(cfg) | {"data": data, "versions": versions()})
 
 
 def folder_of(out: Path, cfg: Config, method: str) -> Path:

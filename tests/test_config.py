@@ -208,7 +208,7 @@ def test_every_field_has_a_note():
 def test_changed_is_what_differs_from_the_defaults():
     """The first thing a run prints is every non-default value, and nothing else."""
     cfg = Config(rank=Config.rank + 1, codes=Config.codes)
-    assert config.changed(cfg) == {"rank": Config.rank + 1}
+    assert config.changed(cfg) == f"--rank {Config.rank + 1}"
 
 
 # -- the paper's configuration ----------------------------------------------------------------------

