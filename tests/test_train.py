@@ -98,7 +98,7 @@ def test_results_hold_what_the_design_says(runs):
         assert row["ndcg@10"] == pytest.approx(gains.sum().item() / len(ranks[t]), abs=1e-6)
     assert result["config"]["method"] == "peso" and report.load(out / "single")[0]["config"]["method"] == "single"
     config = json.loads((out / "config.json").read_text())
-    assert {k: v for k, v in config.items() if k != "versions"} == result["config"]
+    assert {k: v for k, v in config.items() if k not in ("versions", "data")} == result["config"]
     assert config["versions"]["torch"] == torch.__version__ and min(result["seconds"].values()) >= 0
 
 
