@@ -44,6 +44,8 @@ def main(cfg: Config) -> None:
     print(config.changed(cfg), end="\n\n")
     if cfg.dry_run:
         return dry_run(cfg)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     run = set_up(cfg)
     ranks = learn(run, methods)
     report.finish(run.out, cfg, ranks, reference_hits(run.data.stages, run.data.known), run.clock.seconds)

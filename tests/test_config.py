@@ -96,6 +96,14 @@ def test_alive_base(folders, tmp_path):
     assert prepare.load_model(micro(tmp_path)).config.vocab_size == 1
 
 
+def test_alive_threads(tmp_path, monkeypatch):
+    """--threads sets how many threads torch computes with; 0 leaves torch's choice alone."""
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    run(micro(tmp_path, threads=3))
+    assert asked == [3] and resolve({"base": "tiny"}).threads == 1 and Config.threads == 0
+
+
 def test_alive_compare(computed):
     """--compare names the methods that run besides the main one, each in a folder of its own."""
     assert "single/results.json" in computed() and "single/results.json" not in computed(compare="")
