@@ -96,7 +96,7 @@ class Config:
     eval_batch: int = 64  # users searched at once; changes speed, not results
     hit: str = "item"  # the item itself. Release: the ID, shared or not
     # the demo's world (synthetic.py)
-    world_users: int = 2000  # of stage 1; a sixth of them, half new, at each later one
+    world_users: int = 1200  # of stage 1; a sixth of them, half new, at each later one
     world_items: int = 600  # a fifth of them appears after stage 1
     world_alpha: float = 0.5  # Eq. 15: how much of a user's taste survives a stage
     # what not to do

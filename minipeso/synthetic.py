@@ -28,7 +28,7 @@ FIRST_DAY = 1_546_300_800_000  # 2019-01-01, in ms
 STAGE_MS = 365 * 24 * 3_600_000 // 2
 
 
-def write_world(folder: str | Path, users: int = 2000, items: int = 600, alpha: float = 0.5, seed: int = 0) -> Path:
+def write_world(folder: str | Path, users: int = 1200, items: int = 600, alpha: float = 0.5, seed: int = 0) -> Path:
     """Writes Demo.jsonl and meta_Demo.jsonl into `folder`. `users` live in stage 1; each later stage
     has a sixth of its events (60 % + 4 x 10 %), half of them by users known before."""
     if not 0 <= alpha <= 1:
