@@ -137,7 +137,7 @@ def learn_stage(model: Llama, method: Method, stages: list[Stage], template: Tem
                 base: Snapshot, log: Log) -> None:
     """Stage t = len(stages) >= 2, from the model of stage t - 1 (v_t <- v_{t-1}): what cfg.later_trains
     names, at cfg.later_lr of the rate, with the method's penalty. One that restarts goes to `base`."""
-    data = [stage for stage in method.data(stages) if examples(stage, "train", cfg.window)]
+    data = [stage for stage in method.data(stages) if any(len(taken) > 2 for taken in stage.current.values())]
     if not data:
         return
     if method.restart:

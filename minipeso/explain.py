@@ -13,6 +13,7 @@ from minipeso.continual import answer_loss
 from minipeso.evaluate import Ranker
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.lora import adapter_parameters, inject
+from minipeso.reviews import dataset_schema
 from minipeso.semantic_ids import LETTERS, SemanticIDs
 from minipeso.stages import Example, examples, statistics, statistics_table
 from minipeso.tokens import Template, collate, rows
@@ -63,6 +64,7 @@ def _files(cfg: Config) -> str:
     elif cfg.dataset == "demo":
         lines.append(f"generated: {cfg.world_users} users, {cfg.world_items} items, alpha {cfg.world_alpha}")
     else:
+        dataset_schema(cfg.dataset)  # says so if it is no data set
         lines += [str(path) for path in sorted(Path(cfg.dataset).iterdir())]
     if not prepare.from_scratch(cfg):
         lines += [f"{cfg.base}  {name}" for name in ("config.json", "tokenizer.json", "model.safetensors")]

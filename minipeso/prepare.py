@@ -130,6 +130,9 @@ def llama_config(cfg: Config) -> LlamaConfig:
     """The shape of cfg.base; a base from scratch knows one word, <bos>, besides the codes."""
     if not from_scratch(cfg):
         return read_config(cfg.base)
+    if cfg.heads < 1 or cfg.kv_heads < 1 or cfg.hidden % cfg.heads or cfg.heads % cfg.kv_heads:
+        raise UsageError(f"the base's shape does not divide\nfound --hidden {cfg.hidden} --heads {cfg.heads} "
+                         f"--kv-heads {cfg.kv_heads}\nlet hidden be a multiple of heads, and heads one of kv-heads")
     return LlamaConfig(vocab_size=1, hidden_size=cfg.hidden, intermediate_size=cfg.intermediate,
                        num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
                        num_key_value_heads=cfg.kv_heads, head_dim=cfg.hidden // cfg.heads, rms_norm_eps=1e-5,

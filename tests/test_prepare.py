@@ -65,6 +65,14 @@ def test_every_number_still_means_its_key_and_its_text(settings, tmp_path):
     assert checked > 100
 
 
+def test_a_shape_that_does_not_divide_is_refused(tmp_path):
+    """Heads must divide the width, and key/value heads the heads: otherwise a message in three lines."""
+    for shape in (dict(heads=0), dict(heads=3), dict(kv_heads=0), dict(kv_heads=3)):
+        with pytest.raises(UsageError) as error:
+            prepare.llama_config(micro(tmp_path, **{"hidden": 16, "heads": 4, "kv_heads": 2} | shape))
+        assert len(str(error.value).splitlines()) == 3, f"{shape}: {error.value}"
+
+
 def test_items_that_no_stage_kept_are_dropped(tmp_path):
     """The numbers are 0 .. n - 1 without a gap, and every item occurs in some stage."""
     data = prepare.load_dataset(micro(tmp_path, min_events=8), tmp_path / "world")
