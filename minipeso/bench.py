@@ -9,6 +9,7 @@ in one process. On a busy machine trust the ratios, not the ms. The peers are te
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import platform
 import time
@@ -188,7 +189,7 @@ def peer_search(model, prompts: list[Tensor], tree: dict, tuned: bool) -> tuple[
         cache = model(ids[:, :-1], attention_mask=seen[:, :-1], logits_to_keep=1, use_cache=True,
                       position_ids=(seen.cumsum(1) - 1).clamp(min=0)[:, :-1]).past_key_values
         cache.batch_repeat_interleave(BEAMS)
-        extra["past_key_values"] = cache
+        extra["cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"] = cache
     out = model.generate(ids, attention_mask=seen, max_new_tokens=LEVELS, num_beams=BEAMS, do_sample=False,
                          num_return_sequences=BEAMS, length_penalty=0.0, early_stopping=False, output_scores=True,
                          return_dict_in_generate=True, prefix_allowed_tokens_fn=lambda user, sent: list(

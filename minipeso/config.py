@@ -21,7 +21,7 @@ CHOICES = {
     "recipe": ("paper", "release"), "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"),
     "split": ("natural", "user-disjoint"), "prompt": ("short", "paper", "release"), "groups": ("module", "matrix"),
     "reduction": ("sum", "mean"), "first_trains": ("rows", "tables", "adapter"),
-    "later_trains": ("rows", "tables", "adapter"), "hit": ("item", "id"),
+    "later_trains": ("rows", "tables", "adapter"), "hit": ("item", "id"), "prox_scale": ("none", "size"),
 }
 
 
@@ -38,8 +38,9 @@ class Config:
     compare: str = "pretrain,single"  # further methods on the same stages and the same D1 model
     recipe: str = "paper"  # where paper and released code differ: see RECIPES
     lam: float = 2.0  # lambda of Eq. 12; Section 5.1: searched in 0.5..8, 2 for Instruments, 5 for the others
-    proximal: str = "method"  # kl, l2, rank-kl, orthogonal, none; or what the method says (peso: kl)
-    seed: int = 0  # of everything random
+    proximal: str = "method"  # kl, l2, quadratic, rank-kl, output-kl, orthogonal, none; or what the method says
+    seed: int = 0  # of the weights and of training
+    data_seed: int = 0  # of the demo's world, the subset of users and the user-disjoint split
     users: int = 0  # a seeded subset of the users; 0: all
     out: str = ""  # run folder; default runs/<dataset>-<base>-<method>-s<seed>
     device: str = "auto"  # cuda if there is one
@@ -91,6 +92,7 @@ class Config:
     # the proximal term
     groups: str = "module"  # Eq. 12: v^(g) is a module. Release: A and B are groups of their own
     reduction: str = "sum"  # Eq. 12. Release: mean over modules, 112 times weaker at the 1B model
+    prox_scale: str = "none"  # ours: size multiplies the penalty of a group by its number of entries
     # evaluation
     beams: int = 10  # Section 5.1
     eval_batch: int = 64  # users searched at once; changes speed, not results

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeso.checkpoint import Snapshot, restore
 from minipeso.config import Config, UsageError, unknown
+from minipeso.cumulative import InfLoRALinear, SDLoRALinear, SumLoRALinear, design_inflora, variants
 from minipeso.llama import Llama
-from minipeso.lora import LoRALinear, adapter_parameters, adapters, rewrap
-from minipeso.proximal import PROXIMALS
+from minipeso.lora import LoRALinear, adapter_parameters, adapters, rewrap, watching
+from minipeso.proximal import PROXIMALS, output_kl
 from minipeso.stages import Example, Stage, examples
 from minipeso.tokens import IGNORE, Batch, Row, Template, batches, collate, rows
 
@@ -41,19 +43,25 @@ def nothing(stages: list[Stage]) -> list[Stage]:
 @dataclass(frozen=True)
 class Method:
     """One row of the paper's tables. A new method is a row, and at most one file for its parts: an
-    adapter class with its own `delta` and `advance`, another choice of data, another penalty."""
+    adapter class with its own `factors` and `advance`, another choice of data, another penalty."""
 
     data: Callable[[list[Stage]], list[Stage]] = newest  # stages 1..t -> what stage t trains on
     restart: bool = False  # stage t starts from the base and a new adapter; otherwise v_t <- v_{t-1} (Eq. 4)
     proximal: str = "none"  # the penalty, unless --proximal names another
     adapter: type[LoRALinear] = LoRALinear  # from stage 2 on; D_1 is learnt by plain LoRA, once for all
+    prepare: Callable | None = None  # (model, t, stages, D_{t-1}, D_t) before the adapter advances
 
 
 METHODS = {
     "pretrain": Method(data=nothing),  # the D_1 model on every stage
     "single": Method(),  # Eq. 4, single evolving LoRA
     "peso": Method(proximal="kl"),  # Eq. 12
+    "peso-quadratic": Method(proximal="quadratic"),  # Eq. 6 with Proposition 3's H; not in the paper's tables
     "retrain": Method(data=everything, restart=True),  # the costly reference; not in the paper's tables
+    **{f"sumlora-{name}": Method(adapter=kind) for name, kind in variants(SumLoRALinear).items()},  # Eq. 5
+    **{f"sdlora-{name}": Method(adapter=kind) for name, kind in variants(SDLoRALinear).items()},
+    **{f"inflora-{name}": Method(adapter=kind, prepare=design_inflora)
+       for name, kind in variants(InfLoRALinear).items()},
 }
 
 
@@ -67,8 +75,9 @@ def method_named(name: str) -> Method:
 def penalty_named(cfg: Config, method: Method) -> str:
     """The penalty's name in PROXIMALS, or "none"."""
     name = method.proximal if cfg.proximal == "method" else cfg.proximal
-    if name not in (*PROXIMALS, "none"):
-        raise UsageError(unknown("proximal", name, [*PROXIMALS, "none"]))
+    known = (*PROXIMALS, "output-kl", "none")
+    if name not in known:
+        raise UsageError(unknown("proximal", name, known))
     return name
 
 
@@ -93,13 +102,33 @@ class Loss(NamedTuple):
 
 
 def stage_loss(model: Llama, batch: Batch, penalty: str, lam: float, temperature: float = 1.0,
-               groups: str = "module", reduction: str = "sum") -> Loss:
-    """Eq. 12 (Eq. 6 with penalty "l2"): CE + lam * penalty over the groups of the adapter."""
-    ce = answer_loss(model, batch, temperature)
+               groups: str = "module", reduction: str = "sum", scale: str = "none") -> Loss:
+    """Eq. 12 (Eq. 6 with penalty "l2" or "quadratic"): CE + lam * penalty over the groups of the adapter."""
     if penalty == "none":
+        ce = answer_loss(model, batch, temperature)
         return Loss(ce, ce.new_zeros(()), ce)
-    prox = PROXIMALS[penalty](anchored(model), groups, reduction)
+    if penalty == "output-kl":
+        ce, prox = output_loss(model, batch, temperature, reduction)
+    else:
+        ce = answer_loss(model, batch, temperature)
+        prox = PROXIMALS[penalty](anchored(model), groups, reduction, scale)
     return Loss(ce, prox, ce + lam * prox)
+
+
+def output_loss(model: Llama, batch: Batch, temperature: float, reduction: str) -> tuple[Tensor, Tensor]:
+    """(CE, sum or mean over layers of output_kl): what each adapter and its anchor make of the layer's
+    input in this very forward pass, on real tokens, without dropout."""
+    layers = []
+
+    def see(name: str, layer: LoRALinear, x: Tensor) -> None:
+        x = x[batch.real].float() * layer.scale  # (tokens, d_in)
+        y, y_prev = F.linear(F.linear(x, layer.A), layer.B), F.linear(F.linear(x, layer.A_prev), layer.B_prev)
+        layers.append(output_kl(y, y_prev))
+
+    with watching(model, see):
+        ce = answer_loss(model, batch, temperature)
+    total = torch.stack(layers).sum()
+    return ce, total / len(layers) if reduction == "mean" else total
 
 
 # -- one stage --------------------------------------------------------------------------------------
@@ -143,52 +172,40 @@ def learn_stage(model: Llama, method: Method, stages: list[Stage], template: Tem
     if method.restart:
         restore(model, base)
         return learn_first(model, data, template, cfg, log)
+    t = len(stages)
     rewrap(model, method.adapter)
+    if method.prepare:
+        past, now = (training_batches(stage, template, cfg, model.device) for stage in stages[-2:])
+        method.prepare(model, t, cfg.stages, past, now)
+    generator = torch.Generator().manual_seed(cfg.seed * 1009 + t)
+    for _, layer in adapters(model):
+        layer.advance(generator)  # the anchor moves up
     choose_trainable(model, cfg.later_trains)
-    plan = Plan(len(stages), cfg.epochs, cfg.lr * cfg.later_lr, cfg.batch, penalty_named(cfg, method))
+    plan = Plan(t, cfg.epochs, cfg.lr * cfg.later_lr, cfg.batch, penalty_named(cfg, method))
     _learn(model, data, plan, template, cfg, log)
 
 
 def _learn(model: Llama, data: list[Stage], plan: Plan, template: Template, cfg: Config, log: Log) -> None:
     train, valid = ([e for stage in data for e in examples(stage, part, cfg.window)] for part in ("train", "valid"))
     train_stage(model, train, valid, template, plan, cfg, log)
-    for _, layer in adapters(model):
-        layer.advance()  # the anchor moves up
+    v, v_prev = ([M for pair in anchored(model) for M in pair[half:half + 2]] for half in (0, 2))
+    log({"stage": plan.stage, "moved": norm(a.detach() - b for a, b in zip(v, v_prev)).item(),
+         "anchor": norm(v_prev).item()})
 
 
-class Snapshot(NamedTuple):
-    """All that training may have changed: methods share one D_1 model by going back to it."""
-
-    tensors: dict[str, Tensor]
-    tied: bool
-
-
-def snapshot(model: Llama, cfg: Config) -> Snapshot:
-    """Adapters, anchors, rows of new tokens; whole tables only if the recipe trains them."""
-    kept = {"A", "B", "A_prev", "B_prev", "rows"}
-    tables = ("embed_tokens.weight", "lm_head.weight") if "tables" in (cfg.first_trains, cfg.later_trains) else ()
-    return Snapshot({name: t.clone() for name, t in model.state_dict().items()
-                     if name.rpartition(".")[2] in kept or name.endswith(tables)},
-                    model.lm_head is model.model.embed_tokens)
-
-
-def restore(model: Llama, saved: Snapshot) -> None:
-    rewrap(model, LoRALinear)
-    if saved.tied:
-        model.lm_head = model.model.embed_tokens
-    else:
-        model.untie()
-    state = model.state_dict()
-    for name, tensor in saved.tensors.items():
-        state[name].copy_(tensor)
+def training_batches(stage: Stage, template: Template, cfg: Config, device) -> Iterator[Batch]:
+    """A stage's training pairs once, without shuffling, for methods that look at their inputs."""
+    data = rows(examples(stage, "train", cfg.window), template)
+    return (collate(some, device) for some in batches(data, 512, torch.Generator().manual_seed(0)))
 
 
 def choose_trainable(model: Llama, what: str) -> None:
     """The adapter, and besides: "adapter" nothing, "rows" the new tokens' vectors, "tables" embedding
     and head as two independent tables (Release: also at every later stage, without a penalty)."""
     model.requires_grad_(False)
-    for p in adapter_parameters(model):
-        p.requires_grad_(True)
+    for _, layer in adapters(model):
+        for p in layer.trained():
+            p.requires_grad_(True)
     if what == "tables":
         model.untie()
     for table in {model.model.embed_tokens, model.lm_head}:
@@ -234,8 +251,8 @@ def train_stage(model: Llama, train: list[Example], valid: list[Example], templa
 def train_step(model: Llama, batch: Batch, optimiser, plan: Plan, cfg: Config) -> dict[str, float]:
     """One step of AdamW; what the log should know of it. prox_ce_ratio is
     || lam d prox/dv || / || d CE/dv || over the adapter: how hard the anchor pulls."""
-    loss = stage_loss(model, batch, plan.penalty, cfg.lam, cfg.temperature, cfg.groups, cfg.reduction)
-    v = adapter_parameters(model)
+    loss = stage_loss(model, batch, plan.penalty, cfg.lam, cfg.temperature, cfg.groups, cfg.reduction, cfg.prox_scale)
+    v = [p for p in adapter_parameters(model) if p.requires_grad]
     pull = torch.autograd.grad(cfg.lam * loss.prox, v, retain_graph=True) if loss.prox.requires_grad else []
     optimiser.zero_grad()
     loss.total.backward()
@@ -247,7 +264,7 @@ def train_step(model: Llama, batch: Batch, optimiser, plan: Plan, cfg: Config) -
                                  f"{loss.prox.item()}, gradient norm {total.item()}\nlower --lr or --lambda")
     optimiser.step()
     return {"ce": loss.ce.item(), "prox": loss.prox.item(), "prox_ce_ratio": ratio,
-            "lr": optimiser.param_groups[0]["lr"], "tokens": int(batch.ids.numel())}
+            "lr": optimiser.param_groups[0]["lr"], "tokens": batch.ids.numel(), "pairs": batch.pairs}
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:

@@ -13,28 +13,33 @@ EVERY = 10  # training steps between two lines of metrics.jsonl
 
 class Journal:
     """journal(record) moves the bar of the record's stage; every tenth step, and each epoch's
-    validation, becomes a line of metrics.jsonl."""
+    validation, becomes a line of metrics.jsonl. With `tick`, no bar of its own: tick(pairs) a step."""
 
-    def __init__(self, path: Path, name: str):
-        self.path, self.name, self.bar = path, name, None
+    def __init__(self, path: Path, name: str, tick: Callable[[int], None] | None = None):
+        self.path, self.name, self.tick, self.bar = path, name, tick, None
 
     def __call__(self, record: dict) -> None:
+        if "step" in record:
+            self.show(record)
+        if record.get("step", 1) % EVERY == 1 or "valid_ce" in record:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"name": self.name, **record}, allow_nan=False) + "\n")
+
+    def show(self, record: dict) -> None:
+        if self.tick:
+            return self.tick(record.get("pairs", 0))
         if self.bar is None:
             self.bar = tqdm(total=record["steps"], desc=f"{self.name} D{record['stage']}", unit="step", leave=False)
             self.began, self.tokens = time.perf_counter(), 0
-        if "valid_ce" in record:
-            if record["last"]:
-                self.bar.close()
-                self.bar = None
-        else:
+        if record.get("last"):
+            self.bar.close()
+            self.bar = None
+        elif "ce" in record:
             self.bar.update(record["step"] - self.bar.n)
             self.tokens += record["tokens"]
             rate = self.tokens / (time.perf_counter() - self.began)
             self.bar.set_postfix_str(f"ce {record['ce']:.3f}, prox {record['prox']:.1e}, prox/ce "
                                      f"{record['prox_ce_ratio']:.1e}, lr {record['lr']:.1e}, {rate:,.0f} tok/s", False)
-        if "valid_ce" in record or record["step"] % EVERY == 1:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"name": self.name, **record}, allow_nan=False) + "\n")
 
 
 def counter(name: str, total: int, unit: str) -> Callable[[int], None]:

@@ -2,14 +2,15 @@
 
     W = W_0 + s B A        A (r, d_in)   B (d_out, r)   s = alpha / r
 
-A method of the cumulative family is a subclass that overrides two hooks: `delta(x)`, what the
-adapter adds to the layer's output, and `advance()`, what happens to it between two stages.
+A method of the cumulative family is a subclass (cumulative.py) with its own `factors`, what the
+adapter adds to W_0, `advance`, what happens when a stage begins, and `trained`, what may move in it.
 """
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -50,18 +51,31 @@ class LoRALinear(nn.Module):
         bound = 1 / math.sqrt(self.A.shape[1])  # = kaiming_uniform(a = sqrt(5)), as in loralib and peft
         self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
         self.B.zero_()
-        self.advance()
+        self.anchor()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) with W = W_0 + s B A: what the layer computes, merges and exports."""
+        return self.A, self.B
+
+    def trained(self) -> list[nn.Parameter]:
+        """What a stage may move."""
+        return [self.A, self.B]
 
     def delta(self, x: Tensor) -> Tensor:
         """s B A dropout(x): (..., d_in) -> (..., d_out)."""
-        z = F.linear(self.dropout(x), self.A.to(x.dtype))  # (..., r)
-        return F.linear(z * self.scale, self.B.to(x.dtype))  # (..., d_out); s on the narrow side
+        A, B = self.factors()
+        z = F.linear(self.dropout(x), A.to(x.dtype))  # (..., r)
+        return F.linear(z * self.scale, B.to(x.dtype))  # (..., d_out); s on the narrow side
 
     @torch.no_grad()
-    def advance(self) -> None:
-        """The stage is over: its adapter becomes the anchor of the next one (v_{t-1} <- v_t)."""
+    def anchor(self) -> None:
         self.A_prev.copy_(self.A)
         self.B_prev.copy_(self.B)
+
+    def advance(self, generator: torch.Generator | None = None) -> None:
+        """A new stage begins: the adapter that the last one left becomes its anchor (v_{t-1} <- v_t).
+        `generator` is for subclasses that draw a new adapter."""
+        self.anchor()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight).add_(self.delta(x))  # in place: no third array of this size
@@ -69,7 +83,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W_0 + s B A, (d_out, d_in) in the layer's dtype."""
-        return (self.weight + self.scale * self.B @ self.A).to(self.weight.dtype)
+        A, B = self.factors()
+        return (self.weight + self.scale * B @ A).to(self.weight.dtype)
 
 
 def inject(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets=TARGETS,
@@ -88,13 +103,15 @@ def inject(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targ
 
 
 def rewrap(model: nn.Module, adapter: type[LoRALinear]) -> None:
-    """Replaces every adapted layer by one of class `adapter` that continues from the same A and B."""
+    """Makes every adapted layer one of class `adapter` that continues from the same A and B."""
     for name, old in list(adapters(model)):
+        if type(old) is adapter:
+            continue
         new = adapter(old, len(old.A), old.scale * len(old.A), old.dropout.p)
         with torch.no_grad():
             new.A.copy_(old.A)
             new.B.copy_(old.B)
-        new.advance()
+        new.anchor()
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
 
@@ -102,6 +119,18 @@ def rewrap(model: nn.Module, adapter: type[LoRALinear]) -> None:
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """(name, layer) of every adapted layer, in the model's order."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
+
+
+@contextmanager
+def watching(model: nn.Module, see: Callable[[str, LoRALinear, Tensor], None]) -> Iterator[None]:
+    """Every forward pass inside calls see(name, layer, x) with the input x (..., d_in) of each adapted layer."""
+    hooks = [layer.register_forward_pre_hook(lambda layer, args, name=name: see(name, layer, args[0]))
+             for name, layer in adapters(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -115,7 +144,8 @@ PREFIX = "base_model.model."
 
 
 def save_peft(model: nn.Module, folder: str | Path, base: str = "") -> None:
-    """Writes adapter_model.safetensors and adapter_config.json as peft does (r, alpha, A, B).
+    """Writes adapter_model.safetensors and adapter_config.json as peft does (r, alpha, A, B). Any
+    adapter's sum of products is one product of stacked factors, so its `factors` are all there is to write.
 
     Rows of new tokens go with it as peft's trainable tokens: the rows themselves, not differences.
     A table that is trained whole (recipe `release`) goes as one of peft's modules_to_save.
@@ -123,13 +153,14 @@ def save_peft(model: nn.Module, folder: str | Path, base: str = "") -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = [layer for _, layer in adapters(model)]
+    rank = len(layers[0].factors()[0])
     tables = [(name.rpartition(".")[2], table) for name, table in _tables(model)]
     whole = sorted(name for name, t in tables if t.weight.requires_grad)
     tokens = {name: list(range(len(t.weight), len(t.weight) + len(t.rows))) for name, t in tables
               if t.rows is not None and name not in whole}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-        "r": len(layers[0].A), "lora_alpha": layers[0].scale * len(layers[0].A),
+        "r": rank, "lora_alpha": layers[0].scale * rank,
         "lora_dropout": layers[0].dropout.p, "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "init_lora_weights": True,
         "target_modules": sorted({name.rpartition(".")[2] for name, _ in adapters(model)}),
@@ -137,7 +168,7 @@ def save_peft(model: nn.Module, folder: str | Path, base: str = "") -> None:
         # a list means the embedding, and a head tied to it; a head of its own has to be named
         "trainable_token_indices": tokens if len(tokens) > 1 else next(iter(tokens.values()), None),
     }
-    tensors = {name: torch.cat([p.detach() for p in parts]).cpu() for name, parts in _places(model).items()}
+    tensors = {name: torch.cat([p.detach() for p in parts]).cpu().contiguous() for name, parts in _places(model).items()}
     save_file(dict(sorted(tensors.items())), folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -151,7 +182,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> None:
     config, tensors = _read(folder)
     if not any(True for _ in adapters(model)):
         inject(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), config["target_modules"])
-    places = _places(model)
+    places = _places(model, own=True)
     wrong = sorted(places.keys() ^ tensors.keys())
     wrong += [k for k in places if k in tensors and _shape(places[k]) != tuple(tensors[k].shape)]
     if wrong:
@@ -165,7 +196,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> None:
         for part, values in zip(parts, tensors[name].split([len(p) for p in parts]), strict=True):
             part.copy_(values)
     for _, layer in adapters(model):
-        layer.advance()
+        layer.anchor()
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -199,10 +230,11 @@ def _tables(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, m) for name, m in model.named_modules() if hasattr(m, "rows"))
 
 
-def _places(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """What an adapter file holds: its keys, each with the parameters that make it up, stacked."""
-    places = {f"{PREFIX}{name}.lora_{m}.weight": [getattr(layer, m)]
-              for name, layer in adapters(model) for m in "AB"}
+def _places(model: nn.Module, own: bool = False) -> dict[str, list[Tensor]]:
+    """What an adapter file holds: its keys, each with the parameters that make it up, stacked. With
+    own=True a layer's own A and B, which can be written to, in place of its factors."""
+    places = {f"{PREFIX}{name}.lora_{letter}.weight": [M]
+              for name, layer in adapters(model) for letter, M in zip("AB", (layer.A, layer.B) if own else layer.factors())}
     for name, table in _tables(model):
         new_rows = [] if table.rows is None else [table.rows]
         if table.weight.requires_grad:

@@ -51,7 +51,7 @@ def load_dataset(cfg: Config, folder: Path) -> Dataset:
     A subset of the users (cfg.users) keeps the whole catalogue, so that its figures are estimates
     of the full run's, not of an easier problem.
     """
-    source = write_world(folder, cfg.world_users, cfg.world_items, cfg.world_alpha, cfg.seed) \
+    source = write_world(folder, cfg.world_users, cfg.world_items, cfg.world_alpha, cfg.data_seed) \
         if cfg.dataset == "demo" else Path(cfg.dataset)
     if cfg.dataset in CATEGORIES:
         raise UsageError(f"the data of {cfg.dataset} is not on this machine\nit is {CATEGORIES[cfg.dataset]} of Amazon "
@@ -60,10 +60,10 @@ def load_dataset(cfg: Config, folder: Path) -> Dataset:
                          "a folder and pass --dataset FOLDER; --dry-run shows what would happen")
     data = _from_release(source) if dataset_schema(source) == "release" else _from_reviews(cfg, source)
     if cfg.split == "user-disjoint":
-        data.stages = user_disjoint(data.stages, cfg.seed)
+        data.stages = user_disjoint(data.stages, cfg.data_seed)
     data.known = known_items(data.stages)
     if cfg.users:
-        data.stages = subset(data.stages, cfg.users, cfg.seed)
+        data.stages = subset(data.stages, cfg.users, cfg.data_seed)
     return data
 
 

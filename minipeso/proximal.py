@@ -42,6 +42,17 @@ def l2(v: Tensor, v_prev: Tensor) -> Tensor:
     return (v - v_prev).square().sum() / 2
 
 
+def quadratic(v: Tensor, v_prev: Tensor) -> Tensor:
+    """1/2 Delta^T H Delta, Delta = v - v_prev, with Proposition 3's metric H = diag(p) - p p^T and
+    p = softmax(v_prev), fixed during a stage (Eq. 6) -> (). Softmax over the last axis, summed over
+    the others. As Corollary 4 writes it, 1/2 Var_p(Delta): n numbers in place of an (n, n) matrix.
+    """
+    v, v_prev = _comparable(v, v_prev)
+    p, delta = v_prev.softmax(-1), v - v_prev
+    delta = delta - (p * delta).sum(-1, keepdim=True)
+    return (p * delta.square()).sum() / 2
+
+
 def per_rank_kl(M: Tensor, M_prev: Tensor) -> Tensor:
     """Softmax-KL with one group per rank component: each row of M (..., r, n) has a softmax -> ().
 
@@ -102,13 +113,14 @@ def stack_ranks(pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
 
 
 def proximal_term(pairs: list[Pair], penalty: Penalty, by: str = "module",
-                  reduction: str = "sum") -> Tensor:
+                  reduction: str = "sum", scale: str = "none") -> Tensor:
     """The penalty of all modules -> (), to be multiplied by lam (Eq. 6, Eq. 12).
 
     A few kernels per distinct size, not per module. per_rank_kl and orthogonality see A and B^T as
     matrices, whatever `by`; the other penalties see stack_groups(pairs, by).
     Paper: by="module", reduction="sum". Release: by="matrix", reduction="mean", the sum divided by
     the number of modules. For the same `by`, exactly: lam_sum = lam_mean / n_modules.
+    Ours: scale="size" weighs each group (or rank) by its number of entries n, which undoes softmax's 1/n.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"unknown reduction of the proximal term\nreduction={reduction!r}\n"
@@ -118,18 +130,19 @@ def proximal_term(pairs: list[Pair], penalty: Penalty, by: str = "module",
                          "is empty\ninject LoRA before asking for a proximal term")
     on_matrices = penalty in (per_rank_kl, orthogonality)
     stacks = stack_ranks(pairs) if on_matrices else stack_groups(pairs, by)
-    total = torch.stack([penalty(v, v_prev) for v, v_prev in stacks]).sum()
+    total = torch.stack([penalty(v, v_prev) * (v.shape[-1] if scale == "size" else 1) for v, v_prev in stacks]).sum()
     return total / len(pairs) if reduction == "mean" else total
 
 
 def _over_modules(penalty: Penalty) -> Callable[..., Tensor]:
-    return lambda pairs, by="module", reduction="sum": proximal_term(pairs, penalty, by, reduction)
+    return lambda pairs, by="module", reduction="sum", scale="none": proximal_term(pairs, penalty, by, reduction, scale)
 
 
-# Command-line name -> f(pairs, by, reduction). output_kl is absent: it needs activations.
+# Command-line name -> f(pairs, by, reduction, scale). output_kl is absent: it needs activations.
 PROXIMALS = {
     "kl": _over_modules(softmax_kl),
     "l2": _over_modules(l2),
+    "quadratic": _over_modules(quadratic),
     "rank-kl": _over_modules(per_rank_kl),
     "orthogonal": _over_modules(orthogonality),
 }

@@ -107,6 +107,7 @@ class Batch(NamedTuple):
     labels: Tensor  # (n, l)
     positions: Tensor | None  # (n, l)
     mask: Tensor | None  # (n, 1, l, l); None: causal
+    real: Tensor  # (n, l); False where a row is padded
     pairs: int
 
 
@@ -165,13 +166,15 @@ def collate(rows: list[Row], device="cpu") -> Batch:
         torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[i]) for row in rows], True, padding).to(device)
         for i, padding in enumerate((0, IGNORE, 0, 0, 0)))  # (n, l) each
     pairs = sum(row.pairs for row in rows)
+    real = torch.arange(ids.shape[1]) < torch.tensor([len(row.ids) for row in rows])[:, None]
+    real = real.to(device)  # (n, l)
     if not any(row.branch[-1] for row in rows):  # asked on the host: no wait for the device
-        return Batch(ids, labels, None, None, pairs)
+        return Batch(ids, labels, None, None, real, pairs)
     slot = torch.arange(ids.shape[1], device=device)
     own = branch[:, :, None] == branch[:, None]  # (n, l, l)
     trunk = (branch[:, None] == 0) & (slot < seen[..., None])
     mask = (own | trunk) & (slot <= slot[:, None])
-    return Batch(ids, labels, positions, mask[:, None], pairs)
+    return Batch(ids, labels, positions, mask[:, None], real, pairs)
 
 
 def batches(rows: list[Row], pairs: int, generator: torch.Generator, pool: int = 32) -> list[list[Row]]:

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import train
 from minipeso import config
+from minipeso.run import Run
+from minipeso.run import set_up as set_up_run
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.synthetic import ADJECTIVES, DEPARTMENTS
@@ -46,10 +48,10 @@ def run(cfg: config.Config) -> str:
     return printed.getvalue()
 
 
-def set_up(cfg: config.Config) -> train.Run:
+def set_up(cfg: config.Config) -> Run:
     """Data, IDs, base and a new adapter: all that train.py has before D_1."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return train.set_up(cfg)
+        return set_up_run(cfg)
 
 
 def fingerprint(out: Path) -> dict[str, object]:

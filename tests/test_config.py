@@ -22,17 +22,17 @@ FIELDS = [field.name for field in dataclasses.fields(Config)]
 
 STRONG = dict(lam=1e5)  # so that the penalty is visible beside the cross-entropy
 OTHER = {  # another value, for which a run computes something else
-    "dataset": "FOLDER", "method": "single", "lam": 1e5, "proximal": "l2", "seed": 1, "users": 40, "dtype": "bfloat16",
+    "dataset": "FOLDER", "method": "single", "lam": 1e5, "proximal": "l2", "seed": 1, "data_seed": 1, "users": 40, "dtype": "bfloat16",
     "split": "user-disjoint", "years": "2019-2020", "first": 0.5, "stages": 4, "min_events": 7, "window": 3,
     "levels": 3, "codes": 9, "latent": 5, "rqvae_hidden": (12,), "rqvae_epochs": 40, "rqvae_lr": 0.3,
     "text_width": 12, "prompt": "release", "learn_end": True, "temperature": 0.8,
     "hidden": 24, "layers": 2, "heads": 1, "kv_heads": 2, "intermediate": 20, "base_share": 0.8, "base_epochs": 2,
     "base_lr": 1e-3, "base_batch": 16, "init": 0.1, "rank": 3, "alpha": 8.0, "dropout": 0.3, "first_trains": "adapter",
     "later_trains": "rows", "lr": 2e-3, "later_lr": 0.2, "epochs": 2, "batch": 4, "warmup": 0.9, "weight_decay": 0.5,
-    "clip": 1e-4, "groups": "matrix", "reduction": "mean", "beams": 2, "hit": "id",
+    "clip": 1e-4, "groups": "matrix", "reduction": "mean", "prox_scale": "size", "beams": 2, "hit": "id",
     "world_users": 50, "world_items": 50, "world_alpha": 0.9,
 }
-BESIDES = {"method": STRONG, "proximal": STRONG, "groups": STRONG, "reduction": STRONG,
+BESIDES = {"method": STRONG, "proximal": STRONG, "groups": STRONG, "reduction": STRONG, "prox_scale": STRONG,
            "prompt": dict(base="CHECKPOINT"), "learn_end": dict(base="CHECKPOINT"), "hit": dict(dataset="SHARED")}
 ALL_METHODS_FILES = ("adapters/stage-2/adapter_model.safetensors", "adapters/stage-3/adapter_model.safetensors")
 
@@ -41,7 +41,7 @@ ALL_METHODS_FILES = ("adapters/stage-2/adapter_model.safetensors", "adapters/sta
 def folders(tmp_path_factory) -> dict[str, Path]:
     """What CHECKPOINT, SHARED and FOLDER above stand for."""
     root = tmp_path_factory.mktemp("folders")
-    run(micro(root / "other", seed=3))
+    run(micro(root / "other", data_seed=3))
     return {"CHECKPOINT": checkpoint(root / "checkpoint"), "SHARED": shared_ids(root / "shared"),
             "FOLDER": root / "other" / "world"}
 

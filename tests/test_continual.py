@@ -12,10 +12,12 @@ from torch import Tensor
 
 import train
 from minipeso import continual
+from minipeso.checkpoint import restore, snapshot
 from minipeso.continual import METHODS, Plan, stage_loss
 from minipeso.llama import Llama
 from minipeso.lora import LoRALinear, adapter_parameters, adapters, rewrap
 from minipeso.proximal import PROXIMALS
+from minipeso.run import Run
 from minipeso.stages import examples
 from minipeso.tokens import collate, rows
 from tests.micro import checkpoint, fingerprint, micro, run, set_up
@@ -25,36 +27,38 @@ SILENT = lambda record: None  # noqa: E731
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory) -> train.Run:
+def scratch(tmp_path_factory) -> Run:
     """Before D_1, a base from scratch under recipe paper."""
     return set_up(micro(tmp_path_factory.mktemp("scratch"), epochs=2))
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory) -> train.Run:
+def words(tmp_path_factory) -> Run:
     """Before D_1, a toy checkpoint under recipe release, to the letter."""
     folder = checkpoint(tmp_path_factory.mktemp("checkpoint"))
     return set_up(micro(tmp_path_factory.mktemp("words"), base=str(folder), recipe="release", epochs=2))
 
 
 @pytest.fixture(params=["scratch", "words"])
-def either(request) -> train.Run:
+def either(request) -> Run:
     return request.getfixturevalue(request.param)
 
 
-def fresh(setup: train.Run, **changes) -> train.Run:
+def fresh(setup: Run, **changes) -> Run:
     """The same set-up with a model of its own, and perhaps other settings."""
     return setup._replace(model=copy.deepcopy(setup.model), cfg=dataclasses.replace(setup.cfg, **changes))
 
 
-def learnt(setup: train.Run, **changes) -> train.Run:
-    """After D_1."""
+def learnt(setup: Run, **changes) -> Run:
+    """After D_1, as stage 2 begins: anchored there."""
     now = fresh(setup, **changes)
     continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
+    for _, layer in adapters(now.model):
+        layer.advance()
     return now
 
 
-def later(now: train.Run, method: str, t: int = 2, base=None, log=SILENT) -> list[dict]:
+def later(now: Run, method: str, t: int = 2, base=None, log=SILENT) -> list[dict]:
     """Learns stage t -> the records of its training."""
     records = []
     continual.learn_stage(now.model, METHODS[method], now.data.stages[:t], now.template, now.cfg, base,
@@ -87,13 +91,13 @@ def perturb(model: Llama, std: float = 0.1, seed: int = 0) -> None:
         p.add_(torch.randn(p.shape, generator=generator) * std)
 
 
-def first_batch(now: train.Run, t: int = 2, n: int = 6, share: bool = True):
+def first_batch(now: Run, t: int = 2, n: int = 6, share: bool = True):
     return collate(rows(examples(now.data.stages[t - 1], "train", now.cfg.window)[:n], now.template, share))
 
 
 # -- the objective ----------------------------------------------------------------------------------
 
-def cross_entropy_by_hand(now: train.Run, pairs, temperature: float) -> float:
+def cross_entropy_by_hand(now: Run, pairs, temperature: float) -> float:
     """Mean over the answers' tokens of -log p, one pair and one plain forward at a time."""
     total, tokens = 0.0, 0
     for example in pairs:
@@ -190,8 +194,7 @@ def test_at_the_first_step_the_penalty_and_its_gradient_are_0(either, penalty):
 
 
 def test_the_anchor_is_the_end_of_the_stage_before(scratch):
-    """After D_1 and after every later stage, A_prev and B_prev are A and B as they then stood; during a stage the
-    anchor does not move."""
+    """At every stage, from its first step to its last, A_prev and B_prev are A and B as the stage before left them."""
     now = learnt(scratch)
     for t in (2, 3):
         end = [p.detach().clone() for p in adapter_parameters(now.model)]
@@ -202,8 +205,6 @@ def test_the_anchor_is_the_end_of_the_stage_before(scratch):
         later(now, "peso", t, log=look)
         assert anchors and all(torch.equal(a, e) for anchor in anchors for a, e in zip(anchor, end, strict=True))
         assert not all(torch.equal(p, e) for p, e in zip(adapter_parameters(now.model), end))
-    for A, B, A_prev, B_prev in continual.anchored(now.model):
-        assert torch.equal(A, A_prev) and torch.equal(B, B_prev)
 
 
 # -- the methods ------------------------------------------------------------------------------------
@@ -229,8 +230,10 @@ def test_every_method_does_what_it_says(all_methods):
         assert len(set(stages)) == (1 if method == "pretrain" else 3), method
         ranks = json.loads(all_methods["ranks.json" if method == "peso" else f"{method}/ranks.json"])
         assert set(ranks) == {"1", "2", "3"} and ranks["1"] == json.loads(all_methods["ranks.json"])["1"]
-    for t in (2, 3):
-        assert len({adapter_of(all_methods, method, t) for method in METHODS}) == len(METHODS)
+    # at stage 2 there is one past adapter: `all` and `latest` are the same yet
+    alike = sum(name.endswith(("latest", "latest-inherit")) for name in METHODS)
+    for t, distinct in ((2, len(METHODS) - alike), (3, len(METHODS))):
+        assert len({adapter_of(all_methods, method, t) for method in METHODS}) == distinct
 
 
 def test_what_every_method_trains_on(scratch, monkeypatch):
@@ -241,7 +244,7 @@ def test_what_every_method_trains_on(scratch, monkeypatch):
     def spy(model, train, valid, template, plan, cfg, log):
         seen.append(({e.stage for e in train}, {e.stage for e in valid}, plan))
     now = learnt(scratch)
-    base = continual.snapshot(now.model, now.cfg)
+    base = snapshot(now.model, True)
     monkeypatch.setattr(continual, "train_stage", spy)
     cfg = now.cfg
     for proximal, penalties in (("method", {"single": "none", "peso": "kl"}), ("l2", {"single": "l2", "peso": "l2"})):
@@ -274,7 +277,7 @@ def test_retrain_is_learning_first_on_the_union_from_the_base(either):
     expected = fresh(either)
     continual.learn_first(expected.model, expected.data.stages[:3], expected.template, expected.cfg, SILENT)
     now = fresh(either)
-    base = continual.snapshot(now.model, now.cfg)
+    base = snapshot(now.model, True)
     continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
     later(now, "single", 2)
     later(now, "retrain", 3, base)
@@ -285,7 +288,7 @@ def test_an_empty_stage_changes_nothing(scratch):
     """A stage without users, or with users who have nothing to train on, leaves the model as it was; retrain
     learns from the others."""
     now = learnt(scratch)
-    base = continual.snapshot(now.model, now.cfg)
+    base = snapshot(now.model, True)
     for nobody in ({}, {1: [3, 4]}):
         stage = dataclasses.replace(now.data.stages[1], history={u: [] for u in nobody}, current=nobody)
         empty = now._replace(data=dataclasses.replace(now.data, stages=[now.data.stages[0], stage]))
@@ -362,7 +365,7 @@ def test_what_moves_at_d1_and_later(name, first, after, request):
     before = state(now.model)
     continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
     middle = state(now.model)
-    assert kinds(moved(before, middle)) == first
+    assert kinds(moved(before, middle)) == first - {"A_prev", "B_prev"}, "the anchor moves when stage 2 begins"
     later(now, "peso")
     assert kinds(moved(middle, state(now.model))) == after
 
@@ -374,7 +377,7 @@ def test_each_choice_trains_what_it_names(words, what, expected):
     now = fresh(words, first_trains=what)
     before = state(now.model)
     continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
-    assert kinds(moved(before, state(now.model))) == expected
+    assert kinds(moved(before, state(now.model))) == expected - {"A_prev", "B_prev"}
     trained = {name for name, p in now.model.named_parameters(remove_duplicate=False) if p.requires_grad}
     assert kinds(trained) == expected - {"A_prev", "B_prev"}
 
@@ -402,9 +405,8 @@ class Halved(LoRALinear):
     def delta(self, x: Tensor) -> Tensor:
         return super().delta(x) / 2
 
-    @torch.no_grad()
-    def advance(self) -> None:
-        super().advance()
+    def advance(self, generator=None) -> None:
+        super().advance(generator)
         self.advanced = getattr(self, "advanced", 0) + 1
 
 
@@ -413,14 +415,14 @@ def test_restore_undoes_training(either, when):
     """Back to a snapshot, exactly: every tensor and every logit, after training, untying and another adapter."""
     changes = {"first_trains": "tables", "later_trains": "adapter"} if "only" in when else {}
     now = fresh(either) if when == "before D1" else learnt(either, **changes)
-    saved, before = continual.snapshot(now.model, now.cfg), state(now.model)
+    saved, before = snapshot(now.model, True), state(now.model)
     ids = torch.arange(12)[None]
     logits = now.model.eval()(ids)
     continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
     rewrap(now.model, Halved)
     perturb(now.model)
     assert not torch.equal(now.model.eval()(ids), logits)
-    continual.restore(now.model, saved)
+    restore(now.model, saved)
     assert not moved(before, state(now.model)) and torch.equal(now.model.eval()(ids), logits)
     assert all(type(layer) is LoRALinear for _, layer in adapters(now.model))
     assert (now.model.lm_head is now.model.model.embed_tokens) == saved.tied
@@ -429,19 +431,19 @@ def test_restore_undoes_training(either, when):
 def test_restore_goes_from_tied_to_untied_too(words):
     """A snapshot with two tables is restored into a model that has been tied again: two tables, with their values."""
     now = fresh(words)
-    base = continual.snapshot(now.model, now.cfg)
+    base = snapshot(now.model, True)
     continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
-    first, wanted = continual.snapshot(now.model, now.cfg), state(now.model)
-    continual.restore(now.model, base)
+    first, wanted = snapshot(now.model, True), state(now.model)
+    restore(now.model, base)
     assert now.model.lm_head is now.model.model.embed_tokens
-    continual.restore(now.model, first)
+    restore(now.model, first)
     assert now.model.lm_head is not now.model.model.embed_tokens and not moved(wanted, state(now.model))
 
 
 def test_a_snapshot_is_a_copy(scratch):
     """Training after the snapshot does not change it."""
     now = fresh(scratch)
-    saved = continual.snapshot(now.model, now.cfg)
+    saved = snapshot(now.model, True)
     kept = {name: t.clone() for name, t in saved.tensors.items()}
     continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
     assert all(torch.equal(saved.tensors[name], kept[name]) for name in kept)
@@ -449,21 +451,21 @@ def test_a_snapshot_is_a_copy(scratch):
 
 def test_a_method_may_bring_its_own_adapter(scratch, monkeypatch):
     """A row of METHODS with an adapter class: layers of that class from stage 2 on, starting at the D_1 state,
-    advanced at the end; the next method gets plain LoRA back."""
+    advanced once a stage; the next method gets plain LoRA back."""
     monkeypatch.setitem(METHODS, "halved", continual.Method(adapter=Halved))
     now = learnt(scratch)
-    saved, before = continual.snapshot(now.model, now.cfg), [p.detach().clone() for p in adapter_parameters(now.model)]
+    saved, before = snapshot(now.model, True), [p.detach().clone() for p in adapter_parameters(now.model)]
     later(now, "halved")
     layers = [layer for _, layer in adapters(now.model)]
-    assert all(type(layer) is Halved and layer.advanced >= 2 for layer in layers)
+    assert all(type(layer) is Halved and layer.advanced == 1 for layer in layers)
     assert not any(torch.equal(p, b) for p, b in zip(adapter_parameters(now.model), before))
-    continual.restore(now.model, saved)
+    restore(now.model, saved)
     assert all(torch.equal(p, b) for p, b in zip(adapter_parameters(now.model), before))
 
 
 # -- one stage --------------------------------------------------------------------------------------
 
-def stage_data(now: train.Run, t: int = 2):
+def stage_data(now: Run, t: int = 2):
     return (examples(now.data.stages[t - 1], part, now.cfg.window) for part in ("train", "valid"))
 
 

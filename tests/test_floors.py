@@ -13,9 +13,10 @@ FILES = {path.stem: path for path in sorted((ROOT / "minipeso").glob("*.py")) if
 SCRIPTS = {name: ROOT / f"{name}.py" for name in ("train", "eval")}
 FLOORS = (
     "config synthetic reviews metrics llama lora proximal rqvae trie embed journal",  # can be read alone
-    "stages semantic_ids tokens hub theory beam report",  # two things joined
-    "continual evaluate prepare",  # the mechanism
-    "explain bench",  # looking at it
+    "stages semantic_ids tokens hub theory beam report checkpoint",  # two things joined
+    "cumulative evaluate prepare",  # the mechanism
+    "continual",
+    "run explain bench",  # using it
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 EXTRAS = {"transformers", "peft", "scipy", "matplotlib", "pytest", "hypothesis"}
@@ -90,12 +91,12 @@ def test_functions_are_short(module):
 
 
 def test_files_are_short():
-    """A file has at most 300 lines, train.py 180, the package 3,600 that are not blank."""
+    """A file has at most 300 lines, train.py 180, the package 5,600 that are not blank."""
     lines = {name: len(path.read_text().splitlines()) for name, path in (FILES | SCRIPTS).items()}
     too_long = {name: n for name, n in lines.items() if n > (180 if name == "train" else 300)}
     assert not too_long, too_long
     filled = sum(bool(line.strip()) for path in FILES.values() for line in path.read_text().splitlines())
-    assert filled <= 3600, filled
+    assert filled <= 5600, filled
 
 
 def test_every_file_says_what_it_is(module):

@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minipeso.proximal import (PROXIMALS, l2, orthogonality, output_kl, per_rank_kl, proximal_term,
+from minipeso.proximal import (PROXIMALS, l2, orthogonality, output_kl, per_rank_kl, proximal_term, quadratic,
                                softmax_kl, stack_groups, stack_ranks)
+from minipeso.theory import quadratic_prox, softmax_metric
 from tests.reference import textbook_softmax_kl
+
+FORMULA = {"kl": softmax_kl, "l2": l2, "quadratic": quadratic, "rank-kl": per_rank_kl, "orthogonal": orthogonality}
 
 SEEDS = st.integers(0, 2**31 - 1)
 SIZES = st.integers(1, 40)
@@ -274,6 +277,15 @@ def kl_of(*groups: tuple[list[Tensor], list[Tensor]]) -> float:
     return sum(textbook(v, v_prev)[0] for v, v_prev in flat)
 
 
+def quadratic_of(*groups: tuple[list[Tensor], list[Tensor]]) -> float:
+    """Eq. 6 with Proposition 3's H written out as a matrix."""
+    total = 0.0
+    for now, before in groups:
+        v, v_prev = (torch.cat([M.flatten() for M in side]) for side in (now, before))
+        total += float(quadratic_prox(v - v_prev, softmax_metric(v_prev)))
+    return total
+
+
 def by_definition(name: str, by: str, A: Tensor, B: Tensor, P: Tensor, Q: Tensor) -> float:
     """One module's penalty; P and Q are the anchors of A and B."""
     if name == "kl":
@@ -283,6 +295,8 @@ def by_definition(name: str, by: str, A: Tensor, B: Tensor, P: Tensor, Q: Tensor
                      *(([B[:, k]], [Q[:, k]]) for k in range(len(A))))
     if name == "l2":
         return float(((A - P) ** 2).sum() + ((B - Q) ** 2).sum()) / 2
+    if name == "quadratic":
+        return quadratic_of(([A, B], [P, Q])) if by == "module" else quadratic_of(([A], [P]), ([B], [Q]))
     return float(((A @ P.T) ** 2).sum() + ((B.T @ Q) ** 2).sum())
 
 
@@ -295,6 +309,22 @@ def test_proximal_term_equals_a_plain_loop_over_modules(name, by):
     got_sum, got_mean = PROXIMALS[name](pairs, by, "sum"), PROXIMALS[name](pairs, by, "mean")
     assert math.isclose(got_sum, math.fsum(numbers), rel_tol=1e-10), f"{got_sum} against {numbers}"
     assert math.isclose(got_mean, math.fsum(numbers) / len(pairs), rel_tol=1e-10), f"{got_mean}"
+
+
+@pytest.mark.parametrize("name", PROXIMALS)
+@pytest.mark.parametrize("by", ["module", "matrix"])
+def test_scale_by_size_is_a_loop_with_every_group_times_its_entries(name, by):
+    """prox_scale "size": the stacks of one width n, alone, weigh n times what they weigh unscaled."""
+    pairs = adapters(seed=12)
+    wanted = 0.0
+    for A, B, P, Q in pairs:
+        if name in ("kl", "l2", "quadratic"):
+            groups = [([A, B], [P, Q])] if by == "module" else [([A], [P]), ([B], [Q])]
+            flat = [[torch.cat([M.flatten() for M in side]) for side in group] for group in groups]
+            wanted += sum(len(v) * float(FORMULA[name](v, v_prev)) for v, v_prev in flat)
+        else:
+            wanted += sum(M.shape[1] * float(FORMULA[name](M, M_prev)) for M, M_prev in ((A, P), (B.T, Q.T)))
+    assert math.isclose(PROXIMALS[name](pairs, by, "sum", "size"), wanted, rel_tol=1e-10)
 
 
 @pytest.mark.parametrize("name", PROXIMALS)

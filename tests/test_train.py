@@ -19,6 +19,7 @@ import train
 from minipeso import report
 from minipeso.config import from_args, guard
 from minipeso.lora import load_peft
+from minipeso.run import rank_users
 from tests.micro import MICRO, blocks, checkpoint, fingerprint, flags, micro, run, set_up, shared_ids
 
 ROOT = Path(__file__).parents[1]
@@ -41,11 +42,11 @@ def fails(argv: list[str], capsys, monkeypatch, main=None) -> tuple[int, list[st
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, tuple[Path, str]]:
     """Three runs from the command line, each from its own folder: two with seed 0 (and other hash seeds), one
-    with seed 1. {name: (folder, what was printed)}"""
+    with seed 1 in another world. {name: (folder, what was printed)}"""
     made = {}
     for hash_seed, (name, seed) in enumerate([("a", 0), ("b", 0), ("c", 1)]):
         cwd = tmp_path_factory.mktemp(name)
-        done = shell("train.py", *flags(**MICRO, seed=seed, out="run"), cwd=cwd, hash_seed=hash_seed)
+        done = shell("train.py", *flags(**MICRO, seed=seed, data_seed=seed, out="run"), cwd=cwd, hash_seed=hash_seed)
         assert done.returncode == 0, done.stderr
         made[name] = cwd / "run", done.stdout
     return made
@@ -129,9 +130,10 @@ def test_metrics_jsonl(runs):
     lines = [json.loads(line) for line in (runs["a"][0] / "metrics.jsonl").read_text().splitlines()]
     order = list(dict.fromkeys((line["name"], line["stage"]) for line in lines))
     assert order == [("base", 0), ("LoRA", 1), ("single", 2), ("single", 3), ("peso", 2), ("peso", 3)]
-    steps = [line for line in lines if "valid_ce" not in line]
+    steps = [line for line in lines if "ce" in line]
     for line in steps:
-        assert {"name", "stage", "epoch", "step", "steps", "ce", "prox", "prox_ce_ratio", "lr", "tokens"} == set(line)
+        assert {"name", "stage", "epoch", "step", "steps", "ce", "prox", "prox_ce_ratio", "lr", "tokens",
+                "pairs"} == set(line)
         pulled = line["name"] == "peso" and line["step"] > 1
         assert line["ce"] > 0 and (line["prox"] > 0) == (line["prox_ce_ratio"] > 0) == pulled, line
     assert {(line["name"], line["stage"]) for line in lines if "valid_ce" in line} == set(order)
@@ -142,9 +144,9 @@ def test_the_saved_adapter_reproduces_the_ranks(tmp_path):
     run(micro(tmp_path / "run"))
     ranks = report.load(tmp_path / "run")[1]
     again = set_up(micro(tmp_path / "again"))
-    before = train.rank_users(again, 3)
+    before = rank_users(again, 3)
     load_peft(again.model, tmp_path / "run" / "adapters" / "stage-3")
-    assert torch.equal(train.rank_users(again, 3), ranks["3"]) and not torch.equal(before, ranks["3"])
+    assert torch.equal(rank_users(again, 3), ranks["3"]) and not torch.equal(before, ranks["3"])
 
 
 def test_what_can_be_recommended_at_each_stage(tmp_path, monkeypatch):
@@ -157,9 +159,9 @@ def test_what_can_be_recommended_at_each_stage(tmp_path, monkeypatch):
 
         def ranks(self, model, examples, *rest):
             asked.append((self.known, {e.stage for e in examples}, [e.user for e in examples]))
-    monkeypatch.setattr(train, "Ranker", Spy)
+    monkeypatch.setattr("minipeso.run.Ranker", Spy)
     for t in (1, 2, 3):
-        train.rank_users(made, t)
+        rank_users(made, t)
     assert asked == [(made.data.known[t - 1], {t}, made.data.stages[t - 1].users) for t in (1, 2, 3)]
     assert len({len(known) for known, *_ in asked}) == 3, "every stage brought new items"
 

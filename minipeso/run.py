@@ -1,0 +1,109 @@
+"""One run, piece by piece: what train.py tells as a story, and what the experiments repeat."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minipeso import continual, prepare, report
+from minipeso.checkpoint import Snapshot, restore, snapshot
+from minipeso.config import Config
+from minipeso.evaluate import Ranker
+from minipeso.journal import Clock, Journal, counter
+from minipeso.llama import Llama
+from minipeso.lora import adapter_parameters, inject, save_peft
+from minipeso.semantic_ids import SemanticIDs
+from minipeso.stages import examples, statistics, statistics_table
+from minipeso.tokens import Template
+
+
+class Run(NamedTuple):
+    cfg: Config
+    out: Path
+    clock: Clock
+    data: prepare.Dataset
+    ids: SemanticIDs
+    template: Template
+    model: Llama
+    tick: Callable[[int], None] | None = None  # takes the place of bars: pairs trained, or users ranked
+
+    def journal(self, name: str) -> Journal:
+        return Journal(self.out / "metrics.jsonl", name, self.tick)
+
+
+class First(NamedTuple):
+    """What all methods share: the base with a new adapter, the model of D_1, and D_1's ranks."""
+
+    base: Snapshot
+    model: Snapshot
+    ranks: Tensor
+
+
+def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
+    """Data, semantic IDs, prompts, and the base model with a new adapter."""
+    out, clock = Path(cfg.out), Clock()
+
+    # data: interactions -> stages D1 .. D5
+    data = prepare.load_dataset(cfg, out / "world")
+    report.begin(out, cfg, prepare.fingerprint(data.stages))
+    stats = "\n".join([statistics_table(statistics(data.stages)), "", *data.notes])
+    print(stats, end="\n\n")
+    clock("data")
+
+    # semantic IDs: text -> vector -> RQ-VAE -> L codes an item
+    model, tokenizer = prepare.load_model(cfg), prepare.load_tokenizer(cfg)
+    epochs = (lambda n: None) if tick else counter("RQ-VAE", cfg.rqvae_epochs, "epoch")
+    ids = prepare.semantic_ids(cfg, data, model, tokenizer, lambda epoch, loss: epochs(1))
+    template = prepare.make_template(cfg, ids, tokenizer)
+    print(ids.table(), end="\n\n")
+    ids.save(out / "semantic_ids.json")
+    (out / "stats.md").write_text(f"{stats}\n\n{ids.table()}\n")
+    clock("semantic IDs")
+
+    # the base: pretrained, or learnt here on D0; then LoRA around every projection
+    run = Run(cfg, out, clock, data, ids, template, model, tick)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    model.grow(ids.codes.shape[1] * ids.n_codes, generator, cfg.init)
+    if prepare.from_scratch(cfg):
+        continual.learn_base(model, data.stages[0], template, cfg, run.journal("base"))
+    inject(model, cfg.rank, cfg.alpha, cfg.dropout, generator=generator)
+    lora, total = (sum(p.numel() for p in ps) for ps in (adapter_parameters(model), model.parameters()))
+    print(f"{total:,} parameters, {lora:,} of them in the adapter\n")
+    clock("base")
+    return run
+
+
+def learn_first(run: Run) -> First:
+    """D_1 by a new adapter, once for all methods."""
+    tables = "tables" in (run.cfg.first_trains, run.cfg.later_trains)
+    base = snapshot(run.model, tables)
+    continual.learn_first(run.model, run.data.stages[:1], run.template, run.cfg, run.journal("LoRA"))
+    save_peft(run.model, run.out / "adapters" / "stage-1", run.cfg.base)
+    first = First(base, snapshot(run.model, tables), rank_users(run, 1))
+    run.clock("D1")
+    return first
+
+
+def learn_later(run: Run, name: str, first: First, folder: Path | None = None) -> dict[str, Tensor]:
+    """Method `name` from the model of D_1 through D_2 .. D_T: learn the stage, save the adapter (into
+    `folder`), rank every test user's next item. -> {stage: ranks (users,)}"""
+    cfg, method, journal = run.cfg, continual.method_named(name), run.journal(name)
+    restore(run.model, first.model)
+    ranks = {"1": first.ranks}
+    for t in range(2, len(run.data.stages) + 1):
+        continual.learn_stage(run.model, method, run.data.stages[:t], run.template, cfg, first.base, journal)
+        if folder:
+            save_peft(run.model, folder / "adapters" / f"stage-{t}", cfg.base)
+        ranks[str(t)] = rank_users(run, t)
+    run.clock(name)
+    return ranks
+
+
+def rank_users(run: Run, t: int) -> Tensor:
+    """The rank of every test item of D_t among what the model now recommends, 0 if it is not there."""
+    test = examples(run.data.stages[t - 1], "test", run.cfg.window)
+    ranker = Ranker(run.ids, run.data.known[t - 1], run.template, run.cfg.beams, run.cfg.hit)
+    return ranker.ranks(run.model, test, run.cfg.eval_batch, run.tick or counter(f"test D{t}", len(test), "user"))
