@@ -81,7 +81,7 @@ class SDLoRALinear(SumLoRALinear):
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__(linear, rank, alpha, dropout)
-        self.magnitude = nn.Parameter(torch.ones(1, device=self.A.device))
+        self.magnitude = nn.Parameter(self.A.new_ones(1))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = super().factors()
@@ -92,7 +92,7 @@ class SDLoRALinear(SumLoRALinear):
 
     def begin(self, generator: torch.Generator | None) -> None:
         super().begin(generator)
-        self.magnitude = nn.Parameter(torch.ones(self.past + 1, device=self.A.device))
+        self.magnitude = nn.Parameter(self.A.new_ones(self.past + 1))
 
     def growing(self) -> list[str]:
         return [*super().growing(), "magnitude"]
