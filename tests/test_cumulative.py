@@ -212,8 +212,8 @@ def test_peft_reads_a_cumulative_adapter(name, tmp_path):
     for _, layer in adapters(model):
         trained(layer, draw)
     save_peft(model, tmp_path)
-    theirs = PeftModel.from_pretrained(transformers_llama(), tmp_path)
-    assert torch.allclose(theirs(ids).logits.double(), model(ids), atol=1e-5, rtol=0)
+    theirs = PeftModel.from_pretrained(transformers_llama().double(), tmp_path, autocast_adapter_dtype=False)
+    assert (theirs.double()(ids).logits - model(ids)).abs().max() < 1e-5, "rotary angles are float32 there"
 
 
 # -- InfLoRA ----------------------------------------------------------------------------------------
