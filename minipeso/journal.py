@@ -13,7 +13,8 @@ EVERY = 10  # training steps between two lines of metrics.jsonl
 
 class Journal:
     """journal(record) moves the bar of the record's stage; every tenth step, and each epoch's
-    validation, becomes a line of metrics.jsonl. With `tick`, no bar of its own: tick(pairs) a step."""
+    validation, becomes a line of metrics.jsonl. With `tick`, no bar of its own: tick(pairs) a step, and
+    every step becomes a line, for what is computed from them."""
 
     def __init__(self, path: Path, name: str, tick: Callable[[int], None] | None = None):
         self.path, self.name, self.tick, self.bar = path, name, tick, None
@@ -21,7 +22,7 @@ class Journal:
     def __call__(self, record: dict) -> None:
         if "step" in record:
             self.show(record)
-        if record.get("step", 1) % EVERY == 1 or "valid_ce" in record:
+        if self.tick or record.get("step", 1) % EVERY == 1 or "valid_ce" in record:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"name": self.name, **record}, allow_nan=False) + "\n")
 

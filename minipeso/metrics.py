@@ -56,9 +56,18 @@ def average(rows: list[dict]) -> dict[str, float | None]:
 def paired_interval(a: Tensor, b: Tensor, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """A 95 % interval of mean(a - b) by the paired bootstrap over users: a and b (n,) are the same
     users' values under two methods; n users are drawn with replacement, `draws` times."""
-    n = len(a)
-    # a mean over a resample depends only on how often each distinct difference was drawn
-    values, counts = np.unique((a - b).double().cpu().numpy(), return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(n, counts / n, draws)  # (draws, distinct)
-    low, high = np.quantile(drawn @ values / n, [0.025, 0.975]).tolist()
+    return bootstrap_interval([a - b], draws, seed)
+
+
+def bootstrap_interval(strata: list[Tensor], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """A 95 % interval of the mean over strata (stages) of the mean within each: users are drawn with
+    replacement inside their stratum, as many as there are, `draws` times."""
+    random, total = np.random.default_rng(seed), 0.0
+    for values in strata:
+        # a mean over a resample depends only on how often each distinct value was drawn
+        distinct, counts = np.unique(values.double().cpu().numpy(), return_counts=True)
+        n = len(values)
+        drawn = random.multinomial(n, counts / n, draws)  # (draws, distinct)
+        total = total + drawn @ distinct / n
+    low, high = np.quantile(total / len(strata), [0.025, 0.975]).tolist()
     return low, high

@@ -139,9 +139,13 @@ def llama_config(cfg: Config) -> LlamaConfig:
                        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True)
 
 
+def device_of(cfg: Config) -> str:
+    return cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_model(cfg: Config) -> Llama:
     """The base: a checkpoint, or random weights still to be trained on D_0."""
-    device = cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(cfg)
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"there is no GPU that torch {torch.__version__} can use\nfound --device cuda\n"
                          "use --device cpu, or a torch built for your GPU")

@@ -20,6 +20,9 @@ from minipeso.stages import examples, statistics, statistics_table
 from minipeso.tokens import Template
 
 
+SEARCH = 4  # ranking a user costs about as much as training on four pairs: for bars that count both
+
+
 class Run(NamedTuple):
     cfg: Config
     out: Path
@@ -28,7 +31,7 @@ class Run(NamedTuple):
     ids: SemanticIDs
     template: Template
     model: Llama
-    tick: Callable[[int], None] | None = None  # takes the place of bars: pairs trained, or users ranked
+    tick: Callable[[int], None] | None = None  # takes the place of bars: pairs trained, SEARCH a user ranked
 
     def journal(self, name: str) -> Journal:
         return Journal(self.out / "metrics.jsonl", name, self.tick)
@@ -106,4 +109,5 @@ def rank_users(run: Run, t: int) -> Tensor:
     """The rank of every test item of D_t among what the model now recommends, 0 if it is not there."""
     test = examples(run.data.stages[t - 1], "test", run.cfg.window)
     ranker = Ranker(run.ids, run.data.known[t - 1], run.template, run.cfg.beams, run.cfg.hit)
-    return ranker.ranks(run.model, test, run.cfg.eval_batch, run.tick or counter(f"test D{t}", len(test), "user"))
+    bar = (lambda n: run.tick(SEARCH * n)) if run.tick else counter(f"test D{t}", len(test), "user")
+    return ranker.ranks(run.model, test, run.cfg.eval_batch, bar)
