@@ -121,7 +121,7 @@ def output_loss(model: Llama, batch: Batch, temperature: float, reduction: str) 
     layers = []
 
     def see(name: str, layer: LoRALinear, x: Tensor) -> None:
-        x = x[batch.real].float() * layer.scale  # (tokens, d_in)
+        x = x[batch.real].to(layer.A.dtype) * layer.scale  # (tokens, d_in)
         y, y_prev = F.linear(F.linear(x, layer.A), layer.B), F.linear(F.linear(x, layer.A_prev), layer.B_prev)
         layers.append(output_kl(y, y_prev))
 

@@ -167,7 +167,7 @@ def covariances(model: Llama, batches: Iterable[Batch]) -> list[tuple[list[InfLo
         if x is last[0]:  # q, k and v are handed one tensor, one after another
             return readers[last[1]].update({name: layer})
         last = x, name
-        seen = x[real].float()  # (tokens, d_in)
+        seen = x[real].to(layer.A.dtype)  # (tokens, d_in)
         sums[name] = sums.get(name, 0) + seen.mT @ seen
         readers.setdefault(name, {})[name] = layer
 
