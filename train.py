@@ -9,24 +9,31 @@ Every number is a flag: --help lists them with their sources. A run ends with RU
 """
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from minipeso import config, continual, report
 from minipeso.config import Config
 from minipeso.evaluate import reference_hits
 from minipeso.explain import dry_run, explain
-from minipeso.run import learn_first, learn_later, set_up
+from minipeso.run import learn_first, learn_later, set_up, two_towers
 
 
 def main(cfg: Config) -> None:
     # knobs
-    for name in cfg.methods:
-        continual.penalty_named(cfg, continual.method_named(name))  # fails now rather than at D2
+    methods = [continual.method_named(name) for name in cfg.methods]
+    for method in methods:
+        continual.penalty_named(cfg, method)  # fails now rather than at D2
     print(config.changed(cfg), end="\n\n")
     if cfg.dry_run:
         return dry_run(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+
+    if all(method.system == "two-tower" for method in methods):  # baselines that need no language model
+        data, ranks, clock = two_towers(cfg)
+        return report.finish(Path(cfg.out), cfg, ranks, reference_hits(data.stages, data.known), clock.seconds)
 
     # reviews -> stages D1 .. D5 -> semantic IDs -> the base model, with LoRA around every projection
     run = set_up(cfg)

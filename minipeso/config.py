@@ -101,6 +101,21 @@ class Config:
     world_users: int = 1200  # of stage 1; a sixth of them, half new, at each later one
     world_items: int = 600  # a fifth of them appears after stage 1
     world_alpha: float = 0.5  # Eq. 15: how much of a user's taste survives a stage
+    # two-tower baselines (lightgcn-*); "PISA" is its authors' code
+    tower_width: int = 64  # PISA: dimensions of a user or item vector
+    tower_layers: int = 2  # PISA: propagation steps. LightGCN's own example: 3
+    tower_negatives: int = 4  # PISA: a positive
+    tower_lr: float = 1e-3  # PISA: Adam
+    tower_weight_decay: float = 1e-5  # PISA
+    tower_batch: int = 1024  # PISA: pairs a step
+    tower_epochs: int = 500  # PISA: at most, a stage
+    tower_patience: int = 20  # PISA: validations (one every 2 epochs) in a row without a new best
+    contrast: float = 0.1  # PISA: the weight of contrastive and PIW
+    pisa_alpha: float = 0.5  # PISA: the weight of its own regulariser
+    tower_tau: float = 0.5  # PISA: temperature of InfoNCE
+    tower_neighbours: int = 10  # ours: neighbours a node and batch; PISA: all
+    tower_clusters: int = 20  # PISA: of items, for PIW's and PISA's preference shift
+    tower_share: float = 0.2  # PISA: the share of users with the largest weights, L
     # what not to do
     dry_run: bool = False  # print everything that would happen, then stop
     explain: bool = False  # after training, walk one item through every step
@@ -143,6 +158,8 @@ def resolve(flags: dict) -> Config:
     recipe = flags.get("recipe", Config.recipe)
     if recipe not in RECIPES:
         raise UsageError(unknown("recipe", recipe, RECIPES))
+    if flags.get("method", "").startswith("lightgcn"):
+        settings["compare"] = "lightgcn-pretrain,lightgcn-finetune"  # the same without an LLM: no base is needed
     cfg = Config(**(RECIPES[recipe] | BASES.get(base, {}) | settings | {"base": base} | flags))
     _check(cfg)
     name = cfg.dataset.rstrip("/").split("/")[-1]
@@ -208,7 +225,9 @@ def _check(cfg: Config) -> None:
             raise UsageError(unknown(name, getattr(cfg, name), allowed))
     least = dict(lam=0, users=0, threads=0, stages=2, min_events=3, window=1, levels=1, codes=2, rank=1,
                  epochs=1, batch=1,
-                 beams=1, eval_batch=1, temperature=1e-6, base_share=1e-6, dropout=0, warmup=0, clip=1e-9)
+                 beams=1, eval_batch=1, temperature=1e-6, base_share=1e-6, dropout=0, warmup=0, clip=1e-9,
+                 tower_width=1, tower_layers=0, tower_negatives=1, tower_batch=1, tower_epochs=1, tower_patience=1,
+                 tower_tau=1e-6, tower_neighbours=1, tower_clusters=1, tower_share=0)
     for name, low in least.items():
         value = getattr(cfg, name)
         if not low <= value < float("inf"):  # a nan fails too

@@ -50,6 +50,7 @@ class Method:
     proximal: str = "none"  # the penalty, unless --proximal names another
     adapter: type[LoRALinear] = LoRALinear  # from stage 2 on; D_1 is learnt by plain LoRA, once for all
     prepare: Callable | None = None  # (model, t, stages, D_{t-1}, D_t) before the adapter advances
+    system: str = "llm"  # "two-tower": another model altogether (twotower.py)
 
 
 METHODS = {
@@ -62,6 +63,7 @@ METHODS = {
     **{f"sdlora-{name}": Method(adapter=kind) for name, kind in variants(SDLoRALinear).items()},
     **{f"inflora-{name}": Method(adapter=kind, prepare=design_inflora)
        for name, kind in variants(InfLoRALinear).items()},
+    **{f"lightgcn-{name}": Method(system="two-tower") for name in ("pretrain", "finetune", "contrastive", "piw", "pisa")},
 }
 
 

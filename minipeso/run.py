@@ -18,6 +18,7 @@ from minipeso.lora import adapter_parameters, inject, save_peft
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.stages import examples, statistics, statistics_table
 from minipeso.tokens import Template
+from minipeso.twotower import learn
 
 
 SEARCH = 4  # ranking a user costs about as much as training on four pairs: for bars that count both
@@ -45,15 +46,30 @@ class First(NamedTuple):
     ranks: Tensor
 
 
-def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
-    """Data, semantic IDs, prompts, and the base model with a new adapter."""
-    out, clock = Path(cfg.out), Clock()
-
-    # data: interactions -> stages D1 .. D5
+def load(cfg: Config) -> tuple[prepare.Dataset, str]:
+    """Interactions -> stages D1 .. D5, and their Table 4; the run folder begins."""
+    out = Path(cfg.out)
     data = prepare.load_dataset(cfg, out / "world")
     report.begin(out, cfg, prepare.fingerprint(data.stages))
     stats = "\n".join([statistics_table(statistics(data.stages)), "", *data.notes])
     print(stats, end="\n\n")
+    (out / "stats.md").write_text(stats + "\n")
+    return data, stats
+
+
+def two_towers(cfg: Config) -> tuple[prepare.Dataset, dict[str, dict[str, Tensor]], Clock]:
+    """A run of two-tower methods alone: they share the data with the LLM, and need no base."""
+    data, clock, ranks = load(cfg)[0], Clock(), {}
+    for name in cfg.methods:
+        ranks[name] = learn(data.stages, data.known, len(data.keys), cfg, name)
+        clock(name)
+    return data, ranks, clock
+
+
+def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
+    """Data, semantic IDs, prompts, and the base model with a new adapter."""
+    out, clock = Path(cfg.out), Clock()
+    data, stats = load(cfg)
     clock("data")
 
     # semantic IDs: text -> vector -> RQ-VAE -> L codes an item
@@ -94,6 +110,8 @@ def learn_later(run: Run, name: str, first: First, folder: Path | None = None) -
     """Method `name` from the model of D_1 through D_2 .. D_T: learn the stage, save the adapter (into
     `folder`), rank every test user's next item. -> {stage: ranks (users,)}"""
     cfg, method, journal = run.cfg, continual.method_named(name), run.journal(name)
+    if method.system == "two-tower":
+        return learn(run.data.stages, run.data.known, len(run.data.keys), cfg, name)
     restore(run.model, first.model)
     ranks = {"1": first.ranks}
     for t in range(2, len(run.data.stages) + 1):

@@ -44,11 +44,11 @@ def at_stage(ready: Run, name: str, t: int) -> Run:
     return now
 
 
-def trained(layer: LoRALinear, draw: torch.Generator) -> None:
+def trained(layer: LoRALinear, draw: torch.Generator, size: float = 0.3) -> None:
     """As after some training: every trained parameter moves."""
     with torch.no_grad():
         for p in layer.trained():
-            p.add_(0.3 * torch.randn(p.shape, generator=draw, dtype=torch.float64))
+            p.add_(size * torch.randn(p.shape, generator=draw, dtype=torch.float64))
 
 
 def direction(M: Tensor) -> Tensor:
@@ -168,11 +168,9 @@ def test_going_back_and_forth_between_methods(ready, name):
 
 # -- export -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [n for n, method in METHODS.items() if method.system == "llm" and not method.restart])
 def test_the_saved_adapter_of_every_method_gives_the_same_logits(ready, name, tmp_path):
     """At stage 4: saved as a PEFT folder, read into the bare base; merged into plain matrices. Logits agree."""
-    if METHODS[name].restart:
-        pytest.skip("retrain is plain LoRA from the base")
     now = at_stage(ready, name, 4)
     now.model.eval()
     ids = torch.randint(1, 17, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -203,14 +201,14 @@ def test_peft_reads_a_cumulative_adapter(name, tmp_path):
     """peft itself, on transformers' Llama with the same base weights: the stacked factors are an ordinary LoRA."""
     model, ids = toy_llama(), torch.randint(0, 96, (2, 11), generator=torch.Generator().manual_seed(2))
     draw = torch.Generator().manual_seed(6)
-    inject(model, 3, 6.0)
+    inject(model, 3, 6.0, generator=draw)
     rewrap(model, METHODS[name].adapter)
     for _ in range(3):
         for _, layer in adapters(model):
-            trained(layer.double(), draw)
+            trained(layer.double(), draw, 0.05)
             layer.advance(draw)
     for _, layer in adapters(model):
-        trained(layer, draw)
+        trained(layer, draw, 0.05)
     save_peft(model, tmp_path)
     theirs = PeftModel.from_pretrained(transformers_llama().double(), tmp_path, autocast_adapter_dtype=False)
     assert (theirs.double()(ids).logits - model(ids)).abs().max() < 1e-5, "rotary angles are float32 there"
