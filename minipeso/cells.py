@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from minipeso import continual, prepare, report
 from minipeso.config import ACTIONS, Config, UsageError, flag
+from minipeso.journal import Clock
 from minipeso.run import SEARCH, learn_first, learn_later, set_up
 
 FREE = {"method", "compare", "seed", "split", "out", "device", "threads", "eval_batch", "resume", *ACTIONS}
@@ -34,6 +35,7 @@ class Cell(NamedTuple):
     method: str
     later: tuple[tuple[str, object], ...] = ()  # act from D_2 on, so that all share stage 1
     split: str = "natural"
+    everyone: bool = False  # rank inactive users too, behind each stage's own
 
     @property
     def label(self) -> str:
@@ -41,15 +43,16 @@ class Cell(NamedTuple):
 
     @property
     def folder(self) -> str:
-        return "_".join([self.method, *(f"{name}-{value}" for name, value in self.later)])
+        return "_".join([self.method, *(f"{name}-{value}" for name, value in self.later), *["everyone"] * self.everyone])
 
 
 class Result(NamedTuple):
     """What one seed of a cell gave; without ranks it diverged."""
 
     ranks: dict[str, Tensor]  # {stage: (users,)}
-    training: dict[str, dict]  # {stage: {"valid_ce", "prox_ce_ratio", "moved", "anchor"}}
+    training: dict[str, dict]  # {stage: {"valid_ce", "prox_ce_ratio", "moved", "anchor", "touched"}}
     diverged: str = ""
+    seconds: float = 0.0  # of learning D_2 .. D_T, without ranking
 
 
 def fill(cfg: Config, cells: Iterable[Cell], seeds: int, resume: bool, workers: int = 1) -> dict[Cell, list[Result]]:
@@ -96,6 +99,8 @@ def work(cfg: Config, stages: list, cells: list[Cell]) -> int:
     total = base + cfg.epochs * pairs[0] + users[0]
     for cell in cells:
         data = continual.method_named(cell.method).data
+        if continual.method_named(cell.method).system == "two-tower":
+            continue  # counts no pairs
         seen = [sum(pairs[stage.number - 1] for stage in data(stages[:t])) for t in range(2, len(stages) + 1)]
         total += cfg.epochs * sum(seen) + sum(users[1:])
     return total
@@ -143,13 +148,14 @@ def _compute(cfg: Config, seed: int, split: str, cells: list[Cell], tick: Callab
         place = folder / cell.folder
         place.mkdir(parents=True, exist_ok=True)
         (place / "metrics.jsonl").write_text("")
-        part = run._replace(cfg=dataclasses.replace(mine, **dict(cell.later)), out=place)
+        part = run._replace(cfg=dataclasses.replace(mine, **dict(cell.later)), out=place, clock=Clock())
         try:
-            ranks, diverged = learn_later(part, cell.method, first), ""
+            ranks, diverged = learn_later(part, cell.method, first, everyone=cell.everyone), ""
         except FloatingPointError as error:
             ranks, diverged = {}, str(error)
-        report.write_json(place / "cell.json", {"ranks": {t: r.tolist() for t, r in ranks.items()}, "diverged": diverged,
-                                                "training": what_training_said(place / "metrics.jsonl")})
+        report.write_json(place / "cell.json", {
+            "ranks": {t: r.tolist() for t, r in ranks.items()}, "diverged": diverged,
+            "training": what_training_said(place / "metrics.jsonl"), "seconds": part.clock.seconds.get(cell.method, 0.0)})
 
 
 def what_training_said(file: Path) -> dict[str, dict]:
@@ -164,10 +170,12 @@ def what_training_said(file: Path) -> dict[str, dict]:
             values = [line[name] for line in mine if name in line]
             return pick(values) if values else None
         said[str(stage)] = {"valid_ce": all_of("valid_ce", min), "prox_ce_ratio": all_of("prox_ce_ratio", statistics.median),
-                            "moved": all_of("moved", max), "anchor": all_of("anchor", max)}
+                            "moved": all_of("moved", max), "anchor": all_of("anchor", max),
+                            "touched": all_of("touched", max)}
     return said
 
 
 def read(file: Path) -> Result:
     found = json.loads(file.read_text())
-    return Result({t: torch.tensor(r) for t, r in found["ranks"].items()}, found["training"], found["diverged"])
+    return Result({t: torch.tensor(r) for t, r in found["ranks"].items()}, found["training"], found["diverged"],
+                  found["seconds"])

@@ -116,6 +116,12 @@ class Config:
     tower_neighbours: int = 10  # ours: neighbours a node and batch; PISA: all
     tower_clusters: int = 20  # PISA: of items, for PIW's and PISA's preference shift
     tower_share: float = 0.2  # PISA: the share of users with the largest weights, L
+    # EvoRec (evorec.py)
+    evo_layers: float = 0.3  # its paper: about 30 % of the layers are updated
+    evo_forget: float = 0.2  # ours: the share of a user's past items that is forgotten
+    evo_newest: int = 3  # ours: past items that are never forgotten
+    evo_consistency: float = 0.0  # its code: weight 1, but switched off
+    filter_epochs: int = 10  # ours: of SASRec, on each stage
     # what not to do
     dry_run: bool = False  # print everything that would happen, then stop
     explain: bool = False  # after training, walk one item through every step
@@ -227,7 +233,8 @@ def _check(cfg: Config) -> None:
                  epochs=1, batch=1,
                  beams=1, eval_batch=1, temperature=1e-6, base_share=1e-6, dropout=0, warmup=0, clip=1e-9,
                  tower_width=1, tower_layers=0, tower_negatives=1, tower_batch=1, tower_epochs=1, tower_patience=1,
-                 tower_tau=1e-6, tower_neighbours=1, tower_clusters=1, tower_share=0)
+                 tower_tau=1e-6, tower_neighbours=1, tower_clusters=1, tower_share=0,
+                 evo_layers=0, evo_forget=0, evo_newest=0, evo_consistency=0, filter_epochs=0)
     for name, low in least.items():
         value = getattr(cfg, name)
         if not low <= value < float("inf"):  # a nan fails too

@@ -50,7 +50,7 @@ class Method:
     proximal: str = "none"  # the penalty, unless --proximal names another
     adapter: type[LoRALinear] = LoRALinear  # from stage 2 on; D_1 is learnt by plain LoRA, once for all
     prepare: Callable | None = None  # (model, t, stages, D_{t-1}, D_t) before the adapter advances
-    system: str = "llm"  # "two-tower": another model altogether (twotower.py)
+    system: str = "llm"  # "evorec": stages learnt by evorec.py; "two-tower": another model (twotower.py)
 
 
 METHODS = {
@@ -63,6 +63,7 @@ METHODS = {
     **{f"sdlora-{name}": Method(adapter=kind) for name, kind in variants(SDLoRALinear).items()},
     **{f"inflora-{name}": Method(adapter=kind, prepare=design_inflora)
        for name, kind in variants(InfLoRALinear).items()},
+    "evorec": Method(system="evorec"),
     **{f"lightgcn-{name}": Method(system="two-tower") for name in ("pretrain", "finetune", "contrastive", "piw", "pisa")},
 }
 
@@ -143,6 +144,7 @@ class Plan(NamedTuple):
     lr: float
     batch: int  # pairs a step
     penalty: str = "none"
+    extra: Callable[[Llama], Tensor] | None = None  # a term of another system's (EvoRec's consistency)
 
 
 Log = Callable[[dict], None]
@@ -254,6 +256,8 @@ def train_step(model: Llama, batch: Batch, optimiser, plan: Plan, cfg: Config) -
     """One step of AdamW; what the log should know of it. prox_ce_ratio is
     || lam d prox/dv || / || d CE/dv || over the adapter: how hard the anchor pulls."""
     loss = stage_loss(model, batch, plan.penalty, cfg.lam, cfg.temperature, cfg.groups, cfg.reduction, cfg.prox_scale)
+    if plan.extra:
+        loss = loss._replace(total=loss.total + plan.extra(model))
     v = [p for p in adapter_parameters(model) if p.requires_grad]
     pull = torch.autograd.grad(cfg.lam * loss.prox, v, retain_graph=True) if loss.prox.requires_grad else []
     optimiser.zero_grad()

@@ -2,10 +2,12 @@
 
     python -m minipeso.experiments table1    gain over single on the user-disjoint and the natural split
     python -m minipeso.experiments table2    all 15 rows
+    python -m minipeso.experiments table3    two-tower models beside the LLM; table5: all of them
     python -m minipeso.experiments table4    statistics of the data
     python -m minipeso.experiments figure2   regularisers, each at the lambda that validation chose
     python -m minipeso.experiments figure3   lambda
     python -m minipeso.experiments figure4   the learning rate of later stages
+    python -m minipeso.experiments evorec    who pays for adaptation: active and inactive users
     python -m minipeso.experiments audit     what lambda does: ratios of gradients, how far the adapter moves
 
     --seeds K (3)   --workers N (a core each)   --plot F.png   --resume: go on in --out, whose finished cells stay
@@ -66,6 +68,22 @@ def table4(cfg: Config, done) -> tuple[str, dict]:
     return "\n".join([statistics_table(rows), "", *data.notes]), {"rows": rows}
 
 
+def table3(cfg: Config, done) -> tuple[str, dict]:
+    return table5(cfg, done, paper.TABLE_3)
+
+
+def table5(cfg: Config, done, rows=tuple(paper.TABLE_5)) -> tuple[str, dict]:
+    cells = {name: Cell(name) for name in rows}
+    return scores.mean_table(done(cells.values()), cells, SINGLE, "method")
+
+
+def evorec(cfg: Config, done) -> tuple[str, dict]:
+    cells = {name: Cell(name, everyone=True) for name in ("single", "peso", "retrain", "evorec")}
+    data = prepare.load_dataset(cfg, Path(cfg.out) / "world")
+    active = {str(stage.number): len(stage.users) for stage in data.stages}
+    return scores.split_table(done(cells.values()), cells, active)
+
+
 def figure2(cfg: Config, done) -> tuple[str, dict]:
     """Each regulariser's lambda is chosen on validation (seed 0), then all seeds are run with it."""
     grid = {name: [Cell("peso", (("proximal", name), ("lam", lam))) for lam in lams] for name, lams in GRID.items()}
@@ -90,7 +108,7 @@ def audit(cfg: Config, done) -> tuple[str, dict]:
     return scores.audit_table(done(cells.values()), cells, SCALES["Eq. 12"][0])
 
 
-EXPERIMENTS = {f.__name__: f for f in (table1, table2, table4, figure2, figure3, figure4, audit)}
+EXPERIMENTS = {f.__name__: f for f in (table1, table2, table3, table4, table5, figure2, figure3, figure4, audit, evorec)}
 
 
 def run(name: str, cfg: Config, seeds: int, workers: int, resume: bool, picture: Path | None = None) -> str:

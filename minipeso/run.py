@@ -1,7 +1,7 @@
 """One run, piece by piece: what train.py tells as a story, and what the experiments repeat."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +12,12 @@ from minipeso import continual, prepare, report
 from minipeso.checkpoint import Snapshot, restore, snapshot
 from minipeso.config import Config
 from minipeso.evaluate import Ranker
+from minipeso.evorec import EvoRec, inactive
 from minipeso.journal import Clock, Journal, counter
 from minipeso.llama import Llama
 from minipeso.lora import adapter_parameters, inject, save_peft
 from minipeso.semantic_ids import SemanticIDs
-from minipeso.stages import examples, statistics, statistics_table
+from minipeso.stages import Example, Stage, examples, statistics, statistics_table
 from minipeso.tokens import Template
 from minipeso.twotower import learn
 
@@ -106,26 +107,34 @@ def learn_first(run: Run) -> First:
     return first
 
 
-def learn_later(run: Run, name: str, first: First, folder: Path | None = None) -> dict[str, Tensor]:
+def learn_later(run: Run, name: str, first: First, folder: Path | None = None,
+                everyone: bool = False) -> dict[str, Tensor]:
     """Method `name` from the model of D_1 through D_2 .. D_T: learn the stage, save the adapter (into
-    `folder`), rank every test user's next item. -> {stage: ranks (users,)}"""
-    cfg, method, journal = run.cfg, continual.method_named(name), run.journal(name)
+    `folder`), rank every test user's next item. -> {stage: ranks (users,)}; with `everyone`, the inactive
+    users' ranks follow those of the stage's users."""
+    cfg, method, journal, stages = run.cfg, continual.method_named(name), run.journal(name), run.data.stages
     if method.system == "two-tower":
-        return learn(run.data.stages, run.data.known, len(run.data.keys), cfg, name)
+        return learn(stages, run.data.known, len(run.data.keys), cfg, name)
     restore(run.model, first.model)
-    ranks = {"1": first.ranks}
-    for t in range(2, len(run.data.stages) + 1):
-        continual.learn_stage(run.model, method, run.data.stages[:t], run.template, cfg, first.base, journal)
+    evorec, ranks = EvoRec(len(run.data.keys), cfg) if method.system == "evorec" else None, {"1": first.ranks}
+    for t in range(2, len(stages) + 1):
+        shown = stages[t - 1]
+        if evorec:
+            shown = evorec.learn_stage(run.model, stages[:t], run.template, journal)
+        else:
+            continual.learn_stage(run.model, method, stages[:t], run.template, cfg, first.base, journal)
+        run.clock(name)
         if folder:
             save_peft(run.model, folder / "adapters" / f"stage-{t}", cfg.base)
-        ranks[str(t)] = rank_users(run, t)
-    run.clock(name)
+        ranks[str(t)] = rank_users(run, t, shown, inactive(stages[:t]) if everyone else [])
+        run.clock(f"{name}: test")
     return ranks
 
 
-def rank_users(run: Run, t: int) -> Tensor:
-    """The rank of every test item of D_t among what the model now recommends, 0 if it is not there."""
-    test = examples(run.data.stages[t - 1], "test", run.cfg.window)
+def rank_users(run: Run, t: int, shown: Stage | None = None, besides: Sequence[Example] = ()) -> Tensor:
+    """The rank of every test item of D_t (as `shown`, if its histories were shortened) among what the model now
+    recommends, 0 if it is not there; then those of the questions `besides`."""
+    test = [*examples(shown or run.data.stages[t - 1], "test", run.cfg.window), *besides]
     ranker = Ranker(run.ids, run.data.known[t - 1], run.template, run.cfg.beams, run.cfg.hit)
     bar = (lambda n: run.tick(SEARCH * n)) if run.tick else counter(f"test D{t}", len(test), "user")
     return ranker.ranks(run.model, test, run.cfg.eval_batch, bar)

@@ -57,7 +57,7 @@ def summary(results: list[Result], reference: list[Result], value: Values, stage
 
 def validation(results: list[Result]) -> float:
     """The mean over seeds and stages of the best validation cross-entropy: what lambda is chosen by."""
-    losses = [said["valid_ce"] for result in results for said in result.training.values()]
+    losses = [said["valid_ce"] for result in results for said in result.training.values() if said["valid_ce"]]
     return statistics.fmean(losses) if losses and not any(result.diverged for result in results) else float("inf")
 
 
@@ -171,6 +171,31 @@ def audit_table(filled: Filled, cells: dict[tuple[str, float], Cell], zero: Cell
                      series(moved, 1, ".2f"), series(held, 100, ".1f"), f"{validation(filled[cell]):.4f}",
                      "" if cell == zero else interval(hit)])
     return "\n\n".join([markdown(rows), NOISE, *notes(filled)]), values
+
+
+def split_table(filled: Filled, cells: dict[str, Cell], active: dict[str, int]) -> tuple[str, dict]:
+    """Who pays for adaptation: Hit@10 and NDCG@10 of the stage's own users, U_A, of earlier stages' users who are
+    not in it, U_I, each with its last known test question, and of both, U. Differences to single."""
+    parts = {"U_A": lambda t, r: r[:active[t]], "U_I": lambda t, r: r[active[t]:], "U": lambda t, r: r}
+    rows = [["mean over D2-D5", "users", "H@10", "N@10", "N@10 - single [95 %]", "adapter touched", "seconds a stage"]]
+    values: dict[str, dict] = {}
+    for name, cell in cells.items():
+        touched = [said["touched"] or 1.0 for result in filled[cell] for said in result.training.values()]
+        stages = len(filled[cells["single"]][0].ranks) - 1
+        cost = statistics.fmean(result.seconds for result in filled[cell]) / stages
+        values[name] = {"touched": statistics.fmean(touched), "seconds": cost}
+        for part, cut in parts.items():
+            mine, single = ([r._replace(ranks={t: cut(t, ranks) for t, ranks in r.ranks.items()}) for r in filled[c]]
+                            for c in (cell, cells["single"]))
+            kept = [t for t in mine[0].ranks if t != "1" and len(mine[0].ranks[t])]
+            hit, gain = (summary(mine, single, VALUES[metric], kept) for metric in ("H@10", "N@10"))
+            values[name][part] = {"H@10": hit, "N@10": gain, "by stage": {
+                t: statistics.fmean(hits(r.ranks[t], 10).mean().item() for r in mine) for t in kept}}
+            count = statistics.fmean(len(mine[0].ranks[t]) for t in kept)
+            rows.append([name if part == "U_A" else "", f"{part}, {count:,.0f} a stage", mean_sd(hit), mean_sd(gain),
+                         "" if name == "single" else interval(gain),
+                         f"{statistics.fmean(touched):.0%}" if part == "U_A" else "", f"{cost:.0f}" if part == "U_A" else ""])
+    return "\n\n".join([markdown(rows), f"mean ± sd over seeds; {NOISE}", *notes(filled)]), values
 
 
 def mean_sd(found: dict) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from minipeso import config, evaluate, prepare
 from minipeso.config import Config, UsageError, from_args, guard, resolve
+from tests.test_evorec import EVO_FIELDS
 from tests.test_twotower import TOWER_FIELDS
 from tests.micro import MICRO, checkpoint, fingerprint, flags, micro, run, shared_ids
 
@@ -66,7 +67,7 @@ def computed(folders, tmp_path_factory):
 def test_no_field_is_forgotten():
     """Every field of Config is proved alive: by another value that changes a run, or by a test of its own."""
     own = {name.removeprefix("test_alive_") for name in globals() if name.startswith("test_alive_")}
-    own |= set(TOWER_FIELDS)  # proved in test_twotower.py
+    own |= {*TOWER_FIELDS, *EVO_FIELDS}  # proved in test_twotower.py and test_evorec.py
     assert set(FIELDS) == set(OTHER) | own, f"unproved or unknown: {sorted(set(FIELDS) ^ (set(OTHER) | own))}"
 
 
