@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipeso.config import Config, UsageError
+from minipeso.config import Config
 from minipeso.continual import Log, Plan, choose_trainable, train_stage
 from minipeso.llama import Llama
 from minipeso.lora import adapters
@@ -34,9 +34,11 @@ class EvoRec:
 
     def learn_stage(self, model: Llama, stages: Sequence[Stage], template: Template, log: Log) -> Stage:
         """Stage t = len(stages) >= 2 -> D_t with shortened histories, to be ranked on."""
-        cfg, stage = self.cfg, stages[-1]
-        located = locate(model, stage, template, cfg)
-        shorter = self.forget(stages)
+        cfg, shorter = self.cfg, self.forget(stages)
+        located = locate(model, stages[-1], template, cfg)
+        if not located:
+            log({"stage": len(stages), "located": [], "touched": 0.0})
+            return shorter
         choose_trainable(model, "adapter")
         touched = freeze_others(model, located)
         train, valid = (examples(shorter, part, cfg.window) for part in ("train", "valid"))
@@ -73,14 +75,14 @@ def forgotten(past: list[int], score: list[float], share: float, newest: int) ->
 
 def locate(model: Llama, stage: Stage, template: Template, cfg: Config) -> list[int]:
     """The max(1, floor(evo_layers L)) layers that are most often the one with the lowest cosine similarity between
-    a user's pooled hidden states before and after D_t's training items; ties go to the lower layer.
+    a user's pooled hidden states before and after D_t's training items; ties go to the lower layer. [] if
+    no user has both a past and training items: then nothing is located, and nothing updated (ours).
 
     Original: 9 of 28 layers, pooled over padding too. Here: real tokens only.
     """
     users = [u for u, past in stage.history.items() if past and len(stage.current[u]) > 2]
     if not users:
-        raise UsageError(f"EvoRec has nobody to look at in D{stage.number}\nno user has both a past and training items "
-                         "there\nuse the natural split")
+        return []
     similar = []
     for start in range(0, len(users), cfg.eval_batch):
         some = users[start:start + cfg.eval_batch]

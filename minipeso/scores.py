@@ -57,7 +57,7 @@ def summary(results: list[Result], reference: list[Result], value: Values, stage
 
 def validation(results: list[Result]) -> float:
     """The mean over seeds and stages of the best validation cross-entropy: what lambda is chosen by."""
-    losses = [said["valid_ce"] for result in results for said in result.training.values() if said["valid_ce"]]
+    losses = [said["valid_ce"] for result in results for said in result.training.values()]
     return statistics.fmean(losses) if losses and not any(result.diverged for result in results) else float("inf")
 
 
@@ -180,7 +180,7 @@ def split_table(filled: Filled, cells: dict[str, Cell], active: dict[str, int]) 
     rows = [["mean over D2-D5", "users", "H@10", "N@10", "N@10 - single [95 %]", "adapter touched", "seconds a stage"]]
     values: dict[str, dict] = {}
     for name, cell in cells.items():
-        touched = [said["touched"] or 1.0 for result in filled[cell] for said in result.training.values()]
+        touched = [1.0 if said["touched"] is None else said["touched"] for result in filled[cell] for said in result.training.values()]
         stages = len(filled[cells["single"]][0].ranks) - 1
         cost = statistics.fmean(result.seconds for result in filled[cell]) / stages
         values[name] = {"touched": statistics.fmean(touched), "seconds": cost}

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from minipeso import continual, evorec, sasrec
-from minipeso.config import UsageError
 from minipeso.evorec import EvoRec, forgotten, freeze_others, inactive, locate, pooled
 from minipeso.lora import adapters
 from minipeso.run import Run, learn_first, learn_later
@@ -62,11 +61,14 @@ def test_pooling_ignores_padding(ready):
         assert torch.allclose(together[:, k], pooled(ready.model, [prompt])[:, 0], atol=1e-5)
 
 
-def test_nobody_returns_is_an_error(ready):
-    """On a split without returning users there is nothing to locate: said in three lines, not guessed."""
+def test_nobody_returns(ready):
+    """A stage without returning users: no layer is located, no weight moves, and the stage can still be ranked."""
+    now, records = fresh(ready), []
     alone = Stage(2, {u: [] for u in range(5)}, {u: [1, 2, 3, 4, 5] for u in range(5)})
-    with pytest.raises(UsageError, match="nobody"):
-        locate(ready.model, alone, ready.template, ready.cfg)
+    before = copy.deepcopy(now.model.state_dict())
+    shown = EvoRec(len(now.data.keys), now.cfg).learn_stage(now.model, [now.data.stages[0], alone], now.template, records.append)
+    assert records == [{"stage": 2, "located": [], "touched": 0.0}] and shown.current == alone.current
+    assert all(torch.equal(value, before[name]) for name, value in now.model.state_dict().items())
 
 
 # -- forget -----------------------------------------------------------------------------------------
