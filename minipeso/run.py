@@ -19,7 +19,7 @@ from minipeso.lora import adapter_parameters, inject, save_peft
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.stages import Example, Stage, examples, statistics, statistics_table
 from minipeso.tokens import Template
-from minipeso.twotower import learn
+from minipeso.twotower import TwoTowers
 
 
 SEARCH = 4  # ranking a user costs about as much as training on four pairs: for bars that count both
@@ -33,6 +33,7 @@ class Run(NamedTuple):
     ids: SemanticIDs
     template: Template
     model: Llama
+    towers: TwoTowers  # beside the LLM, for those who ask for a two-tower method
     tick: Callable[[int], None] | None = None  # takes the place of bars: pairs trained, SEARCH a user ranked
 
     def journal(self, name: str) -> Journal:
@@ -61,8 +62,9 @@ def load(cfg: Config) -> tuple[prepare.Dataset, str]:
 def two_towers(cfg: Config) -> tuple[prepare.Dataset, dict[str, dict[str, Tensor]], Clock]:
     """A run of two-tower methods alone: they share the data with the LLM, and need no base."""
     data, clock, ranks = load(cfg)[0], Clock(), {}
+    towers = TwoTowers(data.stages, data.known, len(data.keys), cfg)
     for name in cfg.methods:
-        ranks[name] = learn(data.stages, data.known, len(data.keys), cfg, name)
+        ranks[name] = towers.learn(name)
         clock(name)
     return data, ranks, clock
 
@@ -84,7 +86,8 @@ def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
     clock("semantic IDs")
 
     # the base: pretrained, or learnt here on D0; then LoRA around every projection
-    run = Run(cfg, out, clock, data, ids, template, model, tick)
+    towers = TwoTowers(data.stages, data.known, len(data.keys), cfg)
+    run = Run(cfg, out, clock, data, ids, template, model, towers, tick)
     generator = torch.Generator().manual_seed(cfg.seed)
     model.grow(ids.codes.shape[1] * ids.n_codes, generator, cfg.init)
     if prepare.from_scratch(cfg):
@@ -114,7 +117,7 @@ def learn_later(run: Run, name: str, first: First, folder: Path | None = None,
     users' ranks follow those of the stage's users."""
     cfg, method, journal, stages = run.cfg, continual.method_named(name), run.journal(name), run.data.stages
     if method.system == "two-tower":
-        return learn(stages, run.data.known, len(run.data.keys), cfg, name)
+        return run.towers.learn(name)
     restore(run.model, first.model)
     evorec, ranks = EvoRec(len(run.data.keys), cfg) if method.system == "evorec" else None, {"1": first.ranks}
     for t in range(2, len(stages) + 1):

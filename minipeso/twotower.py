@@ -5,7 +5,8 @@ At stage t a model starts from that of t - 1 and learns D_t on the graph of D_t 
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -40,54 +41,75 @@ class Universe(NamedTuple):
             [stage.current[u][-last] for u in users], dtype=torch.long), torch.stack([torch.from_numpy(at), seen]))
 
 
-def learn(stages: Sequence[Stage], known: list[list[int]], n_items: int, cfg: Config, method: str,
-          progress: Callable[[str], None] = lambda text: None) -> dict[str, Tensor]:
-    """Method `lightgcn-...` through all stages -> {stage: ranks (users,)}, as run.learn_later's."""
-    universe = Universe({u: k for k, u in enumerate(sorted(set().union(*(s.current for s in stages))))}, n_items)
-    n_users = len(universe.row)
-    draw = torch.Generator().manual_seed(cfg.seed)
-    E = 0.01 * torch.randn(n_users + n_items, cfg.tower_width, generator=draw)  # PISA's code: N(0, 0.01^2)
-    ranks, A = {}, None
-    for stage, items in zip(stages, known, strict=True):
-        candidates = torch.tensor(items)
-        train = {u: taken[:-2] for u, taken in stage.current.items() if len(taken) > 2}
-        if stage.number == 1 or (method != "lightgcn-pretrain" and train):
-            progress(f"{method} D{stage.number}")
-            user, item = universe.pairs(train)
-            A = adjacency(user, item, n_users, n_items)
-            E = _learn_stage(E, A, (user, item), stages[:stage.number], candidates, universe, (cfg, method, draw))
-        H = propagate(E, A, cfg.tower_layers)
-        ranks[str(stage.number)] = full_ranks(H, n_users, candidates, universe.ask(stage, 1))
-    return ranks
+class TwoTowers:
+    """The two-tower methods on one data set and seed; the model of D_1 is learnt once for all of them."""
 
+    def __init__(self, stages: Sequence[Stage], known: list[list[int]], n_items: int, cfg: Config):
+        self.stages, self.known, self.cfg = stages, [torch.tensor(items) for items in known], cfg
+        users = sorted(set().union(*(stage.current for stage in stages)))
+        self.universe = Universe({user: row for row, user in enumerate(users)}, n_items)
+        self.n_users = len(users)
+        self.tower = Tower(cfg.tower_layers, cfg.tower_negatives, cfg.tower_lr, cfg.tower_weight_decay, cfg.tower_batch,
+                           cfg.tower_epochs, cfg.tower_patience)
 
-def _learn_stage(E: Tensor, A: Tensor, edges: tuple[Tensor, Tensor], stages: Sequence[Stage], known: Tensor,
-                 universe: Universe, how: tuple[Config, str, torch.Generator]) -> Tensor:
-    cfg, method, draw = how
-    stage, n_users = stages[-1], len(universe.row)
-    tower = Tower(cfg.tower_layers, cfg.tower_negatives, cfg.tower_lr, cfg.tower_weight_decay, cfg.tower_batch,
-                  cfg.tower_epochs, cfg.tower_patience)
-    had = torch.unique(torch.cat([u * universe.n_items + i for u, i in (universe.pairs(stage.history), edges)]))
-    check = universe.ask(stage, 2)
+    def learn(self, method: str) -> dict[str, Tensor]:
+        """Method `lightgcn-...` through all stages -> {stage: ranks (users,)}, as run.learn_later's."""
+        (E, A, state), draw, ranks = self.first, torch.Generator(), {}
+        draw.set_state(state)
+        for t, stage in enumerate(self.stages, start=1):
+            if t > 1 and method != "lightgcn-pretrain" and any(len(taken) > 2 for taken in stage.current.values()):
+                edges, A = self.graph(stage)
+                E = self.fit(E, A, edges, t, draw, self.regulariser(method, E, A, edges, t, draw))
+            H = propagate(E, A, self.tower.layers)
+            ranks[str(stage.number)] = full_ranks(H, self.n_users, self.known[t - 1], self.universe.ask(stage, 1))
+        return ranks
 
-    def train(start: Tensor, regulariser=None) -> Tensor:
-        return fit(start, edges, A, n_users, known, had, check, (tower, draw, regulariser))
-    if stage.number == 1 or method in ("lightgcn-pretrain", "lightgcn-finetune"):
-        return train(E)
-    past = universe.pairs(_merge(stages[:-1]))
-    links = _links(past, n_users, universe.n_items)
-    old = torch.zeros(len(E), dtype=torch.bool)
-    old[torch.cat([past[0], n_users + past[1]])] = True
-    strength = cfg.pisa_alpha if method == "lightgcn-pisa" else cfg.contrast
-    shared = (propagate(E, A, tower.layers), links, old, n_users, strength, cfg.tower_tau, cfg.tower_neighbours, draw)
-    if method == "lightgcn-contrastive":
-        return train(E, Contrastive(*shared))
-    if method == "lightgcn-piw":
-        return train(E, PIW(*shared, clusters=cfg.tower_clusters))
-    ahead = propagate(train(E), A, tower.layers)  # the forward model: plain fine-tuning on D_t
-    now = _links(edges, n_users, universe.n_items)[0]
-    return train(E, PISA(*shared, next_model=ahead, next_links=now, clusters=cfg.tower_clusters,
-                         share=cfg.tower_share))
+    @cached_property
+    def first(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(E, graph, state of the generator) after D_1."""
+        draw = torch.Generator().manual_seed(self.cfg.seed)
+        rows = self.n_users + self.universe.n_items
+        E = self.cfg.tower_init * torch.randn(rows, self.cfg.tower_width, generator=draw)
+        edges, A = self.graph(self.stages[0])
+        return self.fit(E, A, edges, 1, draw), A, draw.get_state()
+
+    def graph(self, stage: Stage) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The stage's training pairs (rows, items), and the graph of them alone."""
+        edges = self.universe.pairs({u: taken[:-2] for u, taken in stage.current.items()})
+        return edges, adjacency(*edges, self.n_users, self.universe.n_items)
+
+    def fit(self, E: Tensor, A: Tensor, edges: tuple[Tensor, Tensor], t: int, draw: torch.Generator,
+            regulariser: Contrastive | None = None) -> Tensor:
+        stage = self.stages[t - 1]
+        taken = (self.universe.pairs(stage.history), edges)
+        had = torch.unique(torch.cat([user * self.universe.n_items + item for user, item in taken]))
+        return fit(E, edges, A, self.n_users, self.known[t - 1], had, self.universe.ask(stage, 2),
+                   (self.tower, draw, regulariser))
+
+    def regulariser(self, method: str, E: Tensor, A: Tensor, edges: tuple[Tensor, Tensor], t: int,
+                    draw: torch.Generator) -> Contrastive | None:
+        """What holds stage t >= 2 to the model of t - 1; for PISA also to a first, free fine-tuning on D_t."""
+        cfg = self.cfg
+        if method == "lightgcn-finetune":
+            return None
+        past = self.universe.pairs(_merge(self.stages[:t - 1]))
+        old = torch.zeros(len(E), dtype=torch.bool)
+        old[torch.cat([past[0], self.n_users + past[1]])] = True
+        strength = cfg.pisa_alpha if method == "lightgcn-pisa" else cfg.contrast
+        shared = (propagate(E, A, self.tower.layers), self.links(past), old, self.n_users, strength, cfg.tower_tau,
+                  cfg.tower_neighbours, draw)
+        if method == "lightgcn-contrastive":
+            return Contrastive(*shared)
+        if method == "lightgcn-piw":
+            return PIW(*shared, clusters=cfg.tower_clusters)
+        ahead = propagate(self.fit(E, A, edges, t, draw), A, self.tower.layers)
+        return PISA(*shared, next_model=ahead, next_links=self.links(edges)[0], clusters=cfg.tower_clusters,
+                    share=cfg.tower_share)
+
+    def links(self, pairs: tuple[Tensor, Tensor]) -> tuple[Neighbours, Neighbours]:
+        """(the items of every user, the users of every item), as rows of E."""
+        user, item, n = pairs[0].numpy(), self.n_users + pairs[1].numpy(), self.n_users + self.universe.n_items
+        return Neighbours(user, item, n), Neighbours(item, user, n)
 
 
 def _merge(stages: Sequence[Stage]) -> dict[int, list[int]]:
@@ -97,9 +119,3 @@ def _merge(stages: Sequence[Stage]) -> dict[int, list[int]]:
         for user, items in stage.current.items():
             taken.setdefault(user, []).extend(items[:-2])
     return taken
-
-
-def _links(pairs: tuple[Tensor, Tensor], n_users: int, n_items: int) -> tuple[Neighbours, Neighbours]:
-    """(the items of every user, the users of every item), as rows of E."""
-    user, item = pairs[0].numpy(), n_users + pairs[1].numpy()
-    return Neighbours(user, item, n_users + n_items), Neighbours(item, user, n_users + n_items)
