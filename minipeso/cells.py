@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from minipeso import continual, prepare, report
 from minipeso.config import ACTIONS, Config, UsageError, flag
+from minipeso.evorec import inactive
 from minipeso.journal import Clock
 from minipeso.run import SEARCH, learn_first, learn_later, set_up
 
@@ -103,6 +104,8 @@ def work(cfg: Config, stages: list, cells: list[Cell]) -> int:
             continue  # counts no pairs
         seen = [sum(pairs[stage.number - 1] for stage in data(stages[:t])) for t in range(2, len(stages) + 1)]
         total += cfg.epochs * sum(seen) + sum(users[1:])
+        if cell.everyone:
+            total += SEARCH * sum(len(inactive(stages[:t])) for t in range(2, len(stages) + 1))
     return total
 
 

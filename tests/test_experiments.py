@@ -230,6 +230,19 @@ def test_gains_are_per_cent_of_single():
     assert values["sumlora-all"]["natural"]["difference"] == 0 and "+100.0" in text and "-8.13" in text
 
 
+def test_active_and_inactive_users_are_told_apart():
+    """The first of a stage's ranks are its own users', the rest the inactive ones'; U is both together."""
+    cells_of = {"single": Cell("single", everyone=True), "evorec": Cell("evorec", everyone=True)}
+    said = {"2": {"touched": 0.25}, "3": {"touched": 0.25}}
+    filled = {cells_of["single"]: [result([1], [1, 1, 0, 0, 0, 0], [1, 0, 0])._replace(training={}, seconds=8.0)],
+              cells_of["evorec"]: [result([1], [1, 0, 1, 1, 1, 1], [0, 1, 1])._replace(training=said, seconds=4.0)]}
+    text, values = scores.split_table(filled, cells_of, {"1": 1, "2": 2, "3": 1})
+    found = {(name, part): values[name][part]["H@10"]["mean"] for name in cells_of for part in ("U_A", "U_I", "U")}
+    assert found["single", "U_A"] == 1.0 and found["single", "U_I"] == 0.0 and found["evorec", "U_I"] == 1.0
+    assert found["evorec", "U_A"] == 0.25 and found["single", "U"] == pytest.approx((2 / 6 + 1 / 3) / 2)
+    assert values["evorec"]["touched"] == 0.25 and values["evorec"]["seconds"] == 2.0 and "25%" in text
+
+
 def rename(filled: dict) -> dict:
     """Five stages instead of two: the last four alike."""
     return {cell: [Result({str(t): r.ranks["1" if t == 1 else "2"] for t in range(1, 6)}, {}) for r in results]
