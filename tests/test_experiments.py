@@ -234,7 +234,7 @@ def test_active_and_inactive_users_are_told_apart():
     """The first of a stage's ranks are its own users', the rest the inactive ones'; U is both together."""
     cells_of = {"single": Cell("single", everyone=True), "evorec": Cell("evorec", everyone=True)}
     said = {"2": {"touched": 0.25}, "3": {"touched": 0.25}}
-    filled = {cells_of["single"]: [result([1], [1, 1, 0, 0, 0, 0], [1, 0, 0])._replace(training={}, seconds=8.0)],
+    filled = {cells_of["single"]: [result([1], [1, 1, 0, 0, 0, 0], [1, 0, 0])._replace(training={"2": {"touched": None}}, seconds=8.0)],
               cells_of["evorec"]: [result([1], [1, 0, 1, 1, 1, 1], [0, 1, 1])._replace(training=said, seconds=4.0)]}
     text, values = scores.split_table(filled, cells_of, {"1": 1, "2": 2, "3": 1})
     found = {(name, part): values[name][part]["H@10"]["mean"] for name in cells_of for part in ("U_A", "U_I", "U")}
