@@ -107,7 +107,7 @@ class Config:
     tower_layers: int = 2  # PISA: propagation steps. LightGCN's own example: 3
     tower_negatives: int = 4  # PISA: a positive
     tower_lr: float = 1e-2  # Adam. PISA: 1e-3; validation NDCG@10 of the demo's D1 is 0.17 with it, 0.28 with ours
-    tower_weight_decay: float = 1e-5  # PISA
+    tower_weight_decay: float = 1e-5  # PISA, there inside Adam; here on the batch's vectors (lightgcn.fit)
     tower_batch: int = 1024  # PISA: pairs a step
     tower_epochs: int = 500  # PISA: at most, a stage
     tower_patience: int = 20  # PISA: validations (one every 2 epochs) in a row without a new best

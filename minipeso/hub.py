@@ -1,4 +1,4 @@
-"""Weights from a folder in the Hub's layout into `Llama`: strict, one tensor at a time."""
+"""Weights from the Hub, or a folder in its layout, into `Llama`: strict, one tensor at a time."""
 from __future__ import annotations
 
 import json
@@ -8,22 +8,20 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from minipeso.download import fetch_checkpoint
 from minipeso.llama import Llama, LlamaConfig, Rotary
 
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def load_llama(name_or_path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Llama:
-    """The model of a folder with config.json and model.safetensors (or its shards and index).
+    """The model of a folder with config.json and model.safetensors (or its shards and index), or of a
+    Hub repository, which is downloaded once.
 
     Every parameter must be there once, with its shape, and nothing else; a tied head shares its
     storage with the embedding. FileNotFoundError or ValueError names what is missing or wrong.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder} with a Llama checkpoint\n"
-                                "expected config.json, tokenizer.json and model.safetensors in it\n"
-                                f"fetch it first: hf download {name_or_path} --local-dir DIR, then --base DIR")
+    folder = checkpoint_folder(name_or_path)
     config = read_config(folder)
     with torch.device("meta"):
         model = Llama(config)
@@ -42,6 +40,17 @@ def load_llama(name_or_path: str | Path, dtype: torch.dtype = torch.float32, dev
                          f"the first is {next(iter(missing))}\ndownload the checkpoint again")
     model.model.rotary = Rotary(config).to(device, dtype)
     return model
+
+
+def checkpoint_folder(name_or_path: str | Path) -> Path:
+    """The folder itself, or that of the Hub repository "owner/name" in the cache, downloaded if need be."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
+        raise FileNotFoundError(f"no folder {folder} with a Llama checkpoint\nand no name of a Hub repository\n"
+                                "pass a folder with config.json, tokenizer.json and model.safetensors, or owner/name")
+    return fetch_checkpoint(str(name_or_path))
 
 
 def read_config(folder: str | Path) -> LlamaConfig:

@@ -131,6 +131,10 @@ def fit(E: Tensor, edges: tuple[Tensor, Tensor], A: Tensor, n_users: int, known:
         check: Questions, how: tuple[Tower, torch.Generator, object | None]) -> Tensor:
     """Adam on BPR (and a regulariser) from E -> the E of the best epoch by Hit@10 on `check`.
 
+    Weight decay is a penalty on the batch's own vectors, weight_decay / 2 (|u|^2 + |i+|^2 + |i-|^2) a pair, as
+    LightGCN's. PISA's code gives it to Adam, which rescales it to steps of lr and so shrinks everybody who is
+    absent from D_t towards 0.
+
     Validated every second epoch. One rule for all methods: stop after `patience` validations in a row without
     a new best (Release: counted after epoch 20). `regulariser`: pisa.py's, with .begin_epoch(H), .parameters()
     and a call (H, users, items) -> ().
@@ -138,7 +142,7 @@ def fit(E: Tensor, edges: tuple[Tensor, Tensor], A: Tensor, n_users: int, known:
     tower, generator, regulariser = how
     (user, item), E = edges, E.clone().requires_grad_(True)
     extra = list(regulariser.parameters()) if regulariser else []
-    optimiser = torch.optim.Adam([E, *extra], lr=tower.lr, weight_decay=tower.weight_decay, fused=True)
+    optimiser = torch.optim.Adam([E, *extra], lr=tower.lr, fused=True)
     best, kept, waited = -math.inf, E.detach().clone(), 0
     for epoch in range(1, tower.epochs + 1):
         if regulariser:
@@ -148,7 +152,7 @@ def fit(E: Tensor, edges: tuple[Tensor, Tensor], A: Tensor, n_users: int, known:
             negative = sample_negatives(user[some], tower.negatives, known, had, len(E) - n_users, generator)
             rows = torch.cat([user[some, None], n_users + item[some, None], n_users + negative], 1)  # (b, 2 + k)
             u, positive, others = H[rows].split([1, 1, tower.negatives], 1)  # one gather: its gradient is a whole table
-            loss = bpr_loss(u[:, 0], positive[:, 0], others)
+            loss = bpr_loss(u[:, 0], positive[:, 0], others) + tower.weight_decay / 2 * E[rows].square().sum() / len(some)
             if regulariser:
                 loss = loss + regulariser(H, user[some], item[some])
             optimiser.zero_grad()

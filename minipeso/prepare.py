@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -12,8 +13,9 @@ import torch
 from tokenizers import Tokenizer
 
 from minipeso.config import BASES, CATEGORIES, Config, UsageError
+from minipeso.download import fetch_reviews
 from minipeso.embed import llama_vectors, title_vectors
-from minipeso.hub import load_llama, read_config
+from minipeso.hub import checkpoint_folder, load_llama, read_config
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.reviews import (REVIEW_FILES, dataset_schema, find_one, item_text, read_items, read_lines,
                               read_reviews)
@@ -53,12 +55,13 @@ def load_dataset(cfg: Config, folder: Path) -> Dataset:
     """
     source = write_world(folder, cfg.world_users, cfg.world_items, cfg.world_alpha, cfg.data_seed) \
         if cfg.dataset == "demo" else Path(cfg.dataset)
-    if cfg.dataset in CATEGORIES:
-        raise UsageError(f"the data of {cfg.dataset} is not on this machine\nit is {CATEGORIES[cfg.dataset]} of Amazon "
-                         "Reviews 2023 (McAuley-Lab/Amazon-Reviews-2023)\n"
-                         f"put {CATEGORIES[cfg.dataset]}.csv[.gz] and meta_{CATEGORIES[cfg.dataset]}.jsonl[.gz] into "
-                         "a folder and pass --dataset FOLDER; --dry-run shows what would happen")
-    data = _from_release(source) if dataset_schema(source) == "release" else _from_reviews(cfg, source)
+    category = category_of(cfg.dataset)
+    if category:
+        data = _from_reviews(cfg, *fetch_reviews(category))
+    elif dataset_schema(source) == "release":
+        data = _from_release(source)
+    else:
+        data = _from_reviews(cfg, source, source)
     if cfg.split == "user-disjoint":
         data.stages = user_disjoint(data.stages, cfg.data_seed)
     data.known = known_items(data.stages)
@@ -92,21 +95,28 @@ def _from_release(folder: Path) -> Dataset:
     return Dataset(stages, [], [str(i) for i in range(highest + 1)], None, ids_file, [], folder)
 
 
-def _from_reviews(cfg: Config, folder: Path) -> Dataset:
-    """Reviews to stages; items that no stage kept are dropped, the others numbered anew."""
-    events = read_reviews(folder, *_span(cfg.years))
+def category_of(dataset: str) -> str | None:
+    """The Hub's category of a data set's name: the paper's three, or any other by its own name (Digital_Music)."""
+    name = CATEGORIES.get(dataset, dataset)
+    return name if re.fullmatch(r"[A-Z][a-z]+(_[A-Za-z]+)*", name) and not Path(dataset).exists() else None
+
+
+def _from_reviews(cfg: Config, ratings: Path, meta: Path) -> Dataset:
+    """Reviews (two files, or the folder of both) to stages; items that no stage kept are dropped, the others
+    numbered anew."""
+    events = read_reviews(ratings, *_span(cfg.years))
     stages = cut(events, cfg.first, cfg.stages, cfg.min_events)
     kept = sorted(set().union(*(stage.items for stage in stages)))
     number = {old: new for new, old in enumerate(kept)}
     stages = [Stage(s.number, *({u: [number[i] for i in items] for u, items in part.items()}
                                 for part in (s.history, s.current))) for s in stages]
     keys = [events.items[i] for i in kept]
-    fields = read_items(folder, set(keys))
+    fields = read_items(meta, set(keys))
     notes = [f"{len(events.time):,} interactions read", f"{events.duplicates:,} repeated (user, item) rows dropped",
              f"{len(keys) - len(fields):,} of {len(keys):,} items without metadata: named by their key"]
     notes += [f"{count:,} rows skipped: {reason}" for reason, count in sorted(events.bad.items())]
     return Dataset(stages, [], keys, [item_text(fields.get(key, {}), key) for key in keys], None, notes,
-                   folder, events.users)
+                   ratings, events.users)
 
 
 def _span(years: str) -> tuple[int | None, int | None]:
@@ -129,7 +139,7 @@ def from_scratch(cfg: Config) -> bool:
 def llama_config(cfg: Config) -> LlamaConfig:
     """The shape of cfg.base; a base from scratch knows one word, <bos>, besides the codes."""
     if not from_scratch(cfg):
-        return read_config(cfg.base)
+        return read_config(checkpoint_folder(cfg.base))
     if cfg.heads < 1 or cfg.kv_heads < 1 or cfg.hidden % cfg.heads or cfg.heads % cfg.kv_heads:
         raise UsageError(f"the base's shape does not divide\nfound --hidden {cfg.hidden} --heads {cfg.heads} "
                          f"--kv-heads {cfg.kv_heads}\nlet hidden be a multiple of heads, and heads one of kv-heads")
@@ -159,14 +169,15 @@ def load_model(cfg: Config) -> Llama:
 def load_tokenizer(cfg: Config) -> Tokenizer | None:
     if from_scratch(cfg):
         return None
-    path = Path(cfg.base) / "tokenizer.json"
+    folder = checkpoint_folder(cfg.base)
+    path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing\nthe prompt is text and needs it\ndownload the checkpoint again")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no narrower one
         raise UsageError(f"{path} is no tokenizer\n{error}\ndownload the checkpoint again") from error
-    words, rows = tokenizer.get_vocab_size(), read_config(cfg.base).vocab_size
+    words, rows = tokenizer.get_vocab_size(), read_config(folder).vocab_size
     if words != rows:  # the codes' tokens come right behind the words
         raise UsageError(f"vocabulary and checkpoint do not match\n{path} has {words:,} tokens, config.json {rows:,}\n"
                          "use the tokenizer.json that belongs to these weights")

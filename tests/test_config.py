@@ -248,12 +248,14 @@ def test_instruments_dry_run_is_the_papers_run(monkeypatch, tmp_path, capsys):
 
 
 def test_instruments_without_its_data_says_what_to_fetch(tmp_path, capsys, monkeypatch):
-    """A data set that is not on the machine: exit 2, with the names of the files that are needed."""
+    """A data set that is not on the machine, and no network: exit 5, with the name of the file that is needed."""
     import train
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as left:
         guard(lambda: train.main(from_args(["--dataset", "instruments", "--base", "tiny", "--out", str(tmp_path)])))
-    assert left.value.code == 2 and "Musical_Instruments.csv" in capsys.readouterr().err
+    assert left.value.code == 5 and "Musical_Instruments.csv" in capsys.readouterr().err
 
 
 # -- what is refused --------------------------------------------------------------------------------

@@ -121,8 +121,8 @@ def test_a_config_that_is_no_object_is_named(tmp_path, text):
 
 
 def test_no_folder_and_an_empty_folder_say_what_belongs_there(tmp_path):
-    """A repository's name without a folder says how to fetch it; a folder says which file it lacks."""
-    fails(tmp_path / "meta-llama" / "Llama-3.2-1B", FileNotFoundError, "Llama-3.2-1B", "hf download")
+    """What is neither a folder nor owner/name says so; a folder says which file it lacks."""
+    fails(tmp_path / "meta-llama" / "Llama-3.2-1B", FileNotFoundError, "Llama-3.2-1B", "owner/name")
     (tmp_path / "base").mkdir()
     fails(tmp_path / "base", FileNotFoundError, "config.json")
     with pytest.raises(FileNotFoundError, match="config.json"):

@@ -119,6 +119,18 @@ def test_fit_keeps_the_best_epoch_and_stops():
     assert len(calls) < 100 and (full_ranks(propagate(E, A, 2), U, known, check) > 0).float().mean() >= max(hit[2::2])
 
 
+def test_who_is_absent_stays():
+    """A stage moves the vectors of its users and of known items; a user without an edge in it keeps every bit, weight
+    decay or not (inside Adam it would shrink them)."""
+    user, item = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 2, 3])
+    E, check = normal(U + I, D).float(), Questions(torch.tensor([0]), torch.tensor([4]), torch.zeros(2, 0, dtype=torch.long))
+    A, had = adjacency(user, item, U, I), torch.unique(user * I + item)
+    after = fit(E, (user, item), A, U, torch.arange(6), had, check,
+                (Tower(2, 2, 0.01, 0.1, 2, 6, 3), torch.Generator().manual_seed(0), None))
+    moved = (after != E).any(1)
+    assert moved[:3].all() and not moved[3:U].any() and not moved[U + 6:].any()
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 4))
 def test_neighbours_are_sampled_from_the_lists(seed, k):

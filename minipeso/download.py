@@ -1,0 +1,170 @@
+"""Files from the Hub: pinned, only those that are needed, checked, and every failure told in three lines (exit 5).
+
+A file that is cached costs no request, so a full cache works offline. Before anything is downloaded, one short
+request a missing file asks for its size: a closed gate, a wrong token or no network is known in seconds, where
+huggingface_hub alone would retry in silence for half a minute a file.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
+                                    OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError)
+
+REVIEWS = "McAuley-Lab/Amazon-Reviews-2023"
+PINNED = {  # repository -> revision: what is downloaded today is downloaded tomorrow
+    "meta-llama/Llama-3.2-1B": "4e20de362430cd3b72f300e6b0f18e50e7166e08",
+    "unsloth/Llama-3.2-1B": "9535bd9b1d1dea6acafbdc4813b728796aeb28da",
+    REVIEWS: "2b6d039ed471f2ba5fd2acb718bf33b0a7e5598e",
+}
+UNGATED = {f"meta-llama/Llama-3.2-{size}": f"unsloth/Llama-3.2-{size}" for size in ("1B", "3B", "1B-Instruct")}
+TIMEOUT = 5.0  # seconds for the short request
+
+
+class HubError(OSError):
+    """A download that cannot be had: exit code 5."""
+
+
+class NoSuchFile(HubError):
+    """The repository is there, the file is not."""
+
+
+def fetch(repo: str, names: Sequence[str], kind: str = "model") -> list[Path]:
+    """The local paths of these files of a Hub repository ("model" or "dataset"), downloaded where missing.
+
+    HubError says which of gate, token, name, server, network or disk is in the way. No token is ever shown.
+    """
+    where = {"repo_id": repo, "revision": PINNED.get(repo), "repo_type": kind}
+    missing = [name for name in names if not _cached(name, where)]
+    if missing:
+        sizes = [_ask(name, where) for name in missing]
+        _require_space(repo, sum(sizes))
+        for name in missing:
+            _try(name, where, lambda name=name: huggingface_hub.hf_hub_download(filename=name, **where))
+    paths = [_cached(name, where) for name in names]
+    for path, name in zip(paths, names, strict=True):
+        verify(path, repo, name)
+    return paths
+
+
+def fetch_checkpoint(repo: str) -> Path:
+    """The folder of a Llama checkpoint: config, tokenizer, and model.safetensors or its shards; nothing else of
+    the repository (Meta's own files would be as large again)."""
+    folder = fetch(repo, ["config.json", "tokenizer.json"])[0].parent
+    try:
+        fetch(repo, ["model.safetensors"])
+    except NoSuchFile:
+        index = fetch(repo, ["model.safetensors.index.json"])[0]
+        fetch(repo, sorted(set(json.loads(index.read_text())["weight_map"].values())))
+    return folder
+
+
+def fetch_reviews(category: str) -> tuple[Path, Path]:
+    """(ratings, metadata) of a category of Amazon Reviews 2023: the 0core CSV, from which only doubles are gone,
+    for PESO filters users per stage; and the items' texts. For Musical_Instruments 0.17 + 0.63 GB."""
+    return tuple(fetch(REVIEWS, [f"benchmark/0core/rating_only/{category}.csv",
+                                 f"raw/meta_categories/meta_{category}.jsonl"], "dataset"))
+
+
+def _cached(name: str, where: dict) -> Path | None:
+    try:
+        return Path(huggingface_hub.hf_hub_download(filename=name, local_files_only=True, **where))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _ask(name: str, where: dict) -> int:
+    """The file's size in bytes, by one HEAD request."""
+    url = huggingface_hub.hf_hub_url(where["repo_id"], name, repo_type=where["repo_type"], revision=where["revision"])
+    return _try(name, where, lambda: huggingface_hub.get_hf_file_metadata(
+        url, token=huggingface_hub.get_token() or False, timeout=TIMEOUT)).size or 0
+
+
+def _try(name: str, where: dict, request: Callable):
+    """request(), its failure turned into three lines."""
+    repo = where["repo_id"]
+    try:
+        return request()
+    except GatedRepoError as error:  # a subclass of RepositoryNotFoundError: first
+        raise HubError(_gated(repo, error)) from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{repo} has no such revision\nasked for {where['revision']}\nupdate minipeso, or pass a folder") from error
+    except RepositoryNotFoundError as error:
+        raise HubError(f"the Hub has no {where['repo_type']} {repo}, or your token may not see it\nasked for {name}\n"
+                       "check the name; a private one needs `hf auth login`") from error
+    except LocalEntryNotFoundError as error:  # what hf_hub_download makes of 429, 500 and a lost network
+        raise HubError(f"{repo}: {name} could not be downloaded\n{_plain(error.__cause__ or error)}\n"
+                       "run the same command again: what is there stays") from error
+    except EntryNotFoundError as error:
+        raise NoSuchFile(f"{repo} has no file {name}\nrevision {where['revision'] or 'main'}\ncheck the name") from error
+    except OfflineModeIsEnabled as error:
+        raise HubError(f"{repo}: {name} is not in the cache, and HF_HUB_OFFLINE forbids to ask for it\n"
+                       f"the cache is {constants.HF_HUB_CACHE}\nunset HF_HUB_OFFLINE, or pass a folder") from error
+    except HfHubHTTPError as error:
+        raise HubError(_refused(repo, name, error)) from error
+    except Exception as error:  # the transport's own classes: no name, no route, timed out, cut off
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's, not the network's
+        raise HubError(f"the Hub cannot be reached for {repo}: {name}\n{_plain(error)}\nconnect and run the same command "
+                       "again, or pass a folder that holds the files") from error
+
+
+def _gated(repo: str, error: GatedRepoError) -> str:
+    status = error.response.status_code
+    cause = "your token's account has not been given access" if status == 403 else \
+        "no token was sent" if not huggingface_hub.get_token() else "the token sent is not valid"
+    other = f"; or --base {UNGATED[repo]}, an ungated copy with the same weights" if repo in UNGATED else ""
+    return (f"{repo} is gated\n{cause} (HTTP {status})\naccept the licence on https://huggingface.co/{repo}, then `hf auth "
+            f"login` or HF_TOKEN, and run again{other}")
+
+
+def _refused(repo: str, name: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    remedy = {401: "your token is not valid: `hf auth login`, or unset HF_TOKEN", 403: "your token may not read it",
+              429: "too many requests: wait some minutes, or log in"}.get(status, "the server's fault: try again later")
+    return f"the Hub refused {repo}: {name}\nHTTP {status}\n{remedy}"
+
+
+def _plain(error: BaseException) -> str:
+    """One line, without anything that looks like a token."""
+    return re.sub(r"hf_\w+", "hf_...", f"{type(error).__name__}: {error}".splitlines()[0])[:200]
+
+
+def _require_space(repo: str, size: int) -> None:
+    folder = Path(constants.HF_HUB_CACHE)
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise HubError(f"too little disk space for {repo}\n{size:,} bytes are needed, {free:,} are free in {folder}\n"
+                       "make room, or set HF_HOME to a larger disk")
+
+
+def verify(path: Path, repo: str, name: str) -> None:
+    """Holds a large file's SHA-256, which is its name in the cache, against its content: once, then by size and time.
+
+    The result is remembered beside the cache's blobs. HubError if they differ; the file is left for a look.
+    """
+    blob = path.resolve()
+    if not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return  # a small file, known by another hash; its reader looks at every field
+    record = blob.parent.parent / "minipeso-verified.json"
+    known = json.loads(record.read_text()) if record.is_file() else {}
+    stat = blob.stat()
+    if known.get(blob.name) == [stat.st_size, stat.st_mtime_ns]:
+        return
+    digest = hashlib.sha256()
+    with open(blob, "rb") as file:
+        for block in iter(lambda: file.read(1 << 22), b""):
+            digest.update(block)
+    found = digest.hexdigest()
+    if found != blob.name:
+        raise HubError(f"{repo}: {name} is damaged\nSHA-256 {found[:16]} of {stat.st_size:,} bytes, the Hub has "
+                       f"{blob.name[:16]}\ndelete {blob} and run again")
+    record.write_text(json.dumps(known | {blob.name: [stat.st_size, stat.st_mtime_ns]}))

@@ -1,0 +1,213 @@
+"""Downloads, by the real huggingface_hub client against a Hub on loopback: the README's command from an empty cache,
+again offline, and every way in which it can fail."""
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from minipeso.download import PINNED, REVIEWS
+from minipeso.llama import Llama, LlamaConfig
+from minipeso.synthetic import write_world
+from minipeso.tokens import QUESTIONS, Template
+from tests.loopback import Hub
+
+ROOT = Path(__file__).parents[1]
+BASE = "meta-llama/Llama-3.2-1B"
+SECRET = "hf_" + "s3cr3t" * 5
+CUT = ["--levels", "2", "--codes", "8", "--latent", "4", "--rqvae-hidden", "16", "--rqvae-epochs", "2", "--rank", "2", "--epochs", "1",
+       "--batch", "16", "--threads", "1", "--compare", "single", "--stages", "3"]
+
+
+def llama_tokenizer(texts: list[str]) -> Tokenizer:
+    """Byte-level BPE with Llama 3's special tokens behind it, trained on `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                                             show_progress=False))
+    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", tokenizer.token_to_id("<|begin_of_text|>"))])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A toy Llama under the official name, and a CSV with its metadata under the data set's."""
+    root = tmp_path_factory.mktemp("hub")
+    world = write_world(root / "world", 90, 60, 0.5, 0)
+    folder, data = root / BASE, root / "datasets" / REVIEWS
+    folder.mkdir(parents=True)
+    tokenizer = llama_tokenizer([*QUESTIONS.values(), *(p.read_text() for p in world.glob("meta_*.jsonl"))])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    shape = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                 num_attention_heads=2, num_key_value_heads=1, head_dim=8, rms_norm_eps=1e-5, tie_word_embeddings=True,
+                 rope_theta=500000.0, rope_scaling=None)
+    (folder / "config.json").write_text(json.dumps(shape))
+    model = Llama(LlamaConfig.from_dict(shape)).initialise(torch.Generator().manual_seed(0), std=0.3)
+    save_file({name: p.detach().bfloat16() for name, p in model.named_parameters()}, folder / "model.safetensors")
+    (folder / "original").mkdir()
+    (folder / "original" / "consolidated.00.pth").write_bytes(b"not to be fetched")
+    for part in ("benchmark/0core/rating_only", "raw/meta_categories"):
+        (data / part).mkdir(parents=True)
+    rows = [json.loads(line) for path in world.iterdir() if not path.name.startswith("meta_")
+            for line in path.read_text().splitlines()]
+    with open(data / "benchmark/0core/rating_only/Musical_Instruments.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["user_id", "parent_asin", "rating", "timestamp"])
+        table.writerows([r["user_id"], r["parent_asin"], r["rating"], r["timestamp"]] for r in rows)
+    (data / "raw/meta_categories/meta_Musical_Instruments.jsonl").write_text(
+        "".join(p.read_text() for p in world.glob("meta_*.jsonl")))
+    made = Hub(root)
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def healthy(hub):
+    hub.fault.clear()
+    hub.requests.clear()
+    hub.headers.clear()
+    hub.token = None
+
+
+def command(hub: Hub, cache: Path, out: Path, *more: str, **env: str) -> subprocess.CompletedProcess:
+    """python train.py --dataset instruments --lambda 2.0, cut to a minute's hundredth."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    line = [sys.executable, str(ROOT / "train.py"), "--dataset", "instruments", "--lambda", "2.0", *CUT, "--out", str(out), *more]
+    return subprocess.run(line, cwd=cache.parent, capture_output=True, text=True, timeout=120, env=clean | {
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"} | env)
+
+
+def failed(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit 5, three lines, these words, no traceback and no token."""
+    error = done.stderr[done.stderr.rfind("error: "):].strip().splitlines()
+    assert done.returncode == 5 and len(error) == 3 and "Traceback" not in done.stderr, done.stderr
+    assert all(word in "\n".join(error) for word in words), error
+    assert SECRET not in done.stderr + done.stdout
+
+
+@pytest.fixture(scope="module")
+def first(hub, tmp_path_factory):
+    """(cache, run folder, what was printed) of the README's command from an empty cache."""
+    home = tmp_path_factory.mktemp("home")
+    hub.fault, hub.token = {"config.json": "gated"}, SECRET
+    done = command(hub, home / "cache", home / "run", HF_TOKEN=SECRET)
+    assert done.returncode == 0, done.stderr
+    return home / "cache", home / "run", done, list(hub.requests)
+
+
+def test_the_readmes_command_from_an_empty_cache_to_the_results_table(first):
+    """Weights, tokenizer, ratings and metadata arrive at their pinned revisions; nothing else is asked for; the run ends
+    with the table; the token is nowhere in what it prints or leaves."""
+    _, out, done, requests = first
+    assert "| peso" in done.stdout and (out / "results.json").is_file()
+    wanted = {"config.json", "tokenizer.json", "model.safetensors", "Musical_Instruments.csv", "meta_Musical_Instruments.jsonl"}
+    assert {line.rpartition("/")[2] for line in requests} == wanted
+    for line in requests:
+        if "/resolve/" in line and "cdn/" not in line:
+            repo = BASE if BASE in line else REVIEWS
+            assert f"/resolve/{PINNED[repo]}/" in line, line
+    left = [p for p in out.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
+    assert SECRET not in done.stdout + done.stderr and not left
+
+
+def test_again_offline_from_the_full_cache(hub, first, tmp_path):
+    """HF_HUB_OFFLINE, and without it: no request is made, and every file of the run has the same bytes."""
+    cache, out, *_ = first
+    for k, offline in enumerate(({"HF_HUB_OFFLINE": "1"}, {})):
+        done = command(hub, cache, tmp_path / f"run{k}", **offline)
+        assert done.returncode == 0 and not hub.requests, (done.stderr, hub.requests)
+        for name in ("semantic_ids.json", "ranks.json", "adapters/stage-3/adapter_model.safetensors"):
+            assert (tmp_path / f"run{k}" / name).read_bytes() == (out / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("fault, token, words", [
+    ({"config.json": "gated"}, None, ("gated", "no token was sent", "401", "unsloth/Llama-3.2-1B", "hf auth login")),
+    ({"config.json": "gated"}, SECRET, ("gated", "not valid", "401")),
+    ({"config.json": "forbidden"}, SECRET, ("gated", "not been given access", "403", "accept the licence")),
+    ({"config.json": 401}, SECRET, ("HTTP 401", "not valid")),
+    ({"config.json": "revision"}, None, ("no such revision",)),
+    ({"tokenizer.json": 429}, None, ("HTTP 429", "too many requests")),
+    ({"config.json": 500}, None, ("HTTP 500", "try again later")),
+    ({"model.safetensors": "damaged"}, None, ("damaged", "delete", "SHA-256"))],
+    ids=["gated", "bad token at the gate", "no access", "wrong token", "revision", "429", "500", "damaged"])
+def test_what_stands_in_the_way_is_said(hub, tmp_path, fault, token, words):
+    """Each in its own three lines with exit 5, in seconds; the ungated copy is named at the gate."""
+    hub.fault = fault
+    began = time.monotonic()
+    failed(command(hub, tmp_path / "cache", tmp_path / "run", **({"HF_TOKEN": token} if token else {})), *words)
+    assert time.monotonic() - began < 20
+    assert len([r for r in hub.requests if r.endswith(next(iter(fault)))]) <= 6, "no silent retries"
+
+
+def test_a_missing_file_and_a_missing_repository(hub, tmp_path):
+    """Names that the Hub does not have, of a category and of a base."""
+    failed(command(hub, tmp_path / "cache", tmp_path / "run", "--dataset", "Musical_Instrumentz"), "no file", "Instrumentz")
+    failed(command(hub, tmp_path / "cache", tmp_path / "run", "--base", "nobody/nothing"), "no model nobody/nothing")
+
+
+def test_no_network(hub, tmp_path):
+    """Nothing cached and nobody answers, or offline: said at once, with the files' names, before anything is computed."""
+    began = time.monotonic()
+    failed(command(hub, tmp_path / "cache", tmp_path / "run", HF_ENDPOINT="http://127.0.0.1:9"), "cannot be reached",
+           "Musical_Instruments.csv")
+    assert time.monotonic() - began < 15
+    failed(command(hub, tmp_path / "cache", tmp_path / "run", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE", "not in the cache")
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_partial_cache_offline_names_what_is_missing(hub, first, tmp_path):
+    """One file of five gone: offline it is named; online it alone is fetched."""
+    cache = tmp_path / "cache"
+    subprocess.run(["cp", "-r", str(first[0]), str(cache)], check=True)
+    next(cache.rglob("meta_Musical_Instruments.jsonl")).unlink()
+    failed(command(hub, cache, tmp_path / "run", HF_HUB_OFFLINE="1"), "meta_Musical_Instruments.jsonl", "not in the cache")
+    assert command(hub, cache, tmp_path / "run").returncode == 0
+    assert {line.rpartition("/")[2] for line in hub.requests} == {"meta_Musical_Instruments.jsonl"}
+
+
+def test_too_little_disk_is_known_before_the_download(hub, tmp_path, monkeypatch):
+    """Sizes are asked first: nothing is downloaded into a full disk."""
+    code = ("import shutil, collections, sys; U = collections.namedtuple('U', 'total used free')\n"
+            "shutil.disk_usage = lambda path: U(10, 9, 1)\n"
+            "from minipeso.config import guard; from minipeso.download import fetch_reviews\n"
+            "guard(lambda: fetch_reviews('Musical_Instruments'))")
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    failed(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env), "too little disk", "1 are free")
+    assert all(line.startswith("HEAD") for line in hub.requests), hub.requests
+
+
+def test_the_ungated_copy_and_other_categories(hub, tmp_path):
+    """--base with any repository's name, and any category by its own name: the same files under other names."""
+    for old, new in ((hub.root / BASE, hub.root / "unsloth/Llama-3.2-1B"),):
+        new.parent.mkdir(exist_ok=True)
+        subprocess.run(["cp", "-r", str(old), str(new)], check=True)
+    data = hub.root / "datasets" / REVIEWS
+    for part, prefix, end in (("benchmark/0core/rating_only", "", ".csv"), ("raw/meta_categories", "meta_", ".jsonl")):
+        (data / part / f"{prefix}Digital_Music{end}").write_bytes((data / part / f"{prefix}Musical_Instruments{end}").read_bytes())
+    done = command(hub, tmp_path / "cache", tmp_path / "run", "--dataset", "Digital_Music", "--base", "unsloth/Llama-3.2-1B")
+    assert done.returncode == 0 and "| peso" in done.stdout, done.stderr
+
+
+def test_code_tokens_behind_a_bpe_vocabulary(hub):
+    """The prompt's pieces are encoded apart: every code is one token behind the vocabulary, adjacent codes included, and
+    the words decode to the template's own text."""
+    tokenizer = Tokenizer.from_file(str(hub.root / BASE / "tokenizer.json"))
+    codes = [[0, 7], [3, 3], [7, 0]]
+    template = Template.text(tokenizer, "paper", False, codes, 8)
+    ids = template.prompt([0, 2, 1]).tolist()
+    V = tokenizer.get_vocab_size()
+    assert [i - V for i in ids if i >= V] == [0, 15, 7, 8, 3, 11]
+    words = tokenizer.decode([i for i in ids if i < V])
+    assert words == QUESTIONS["paper"].replace("{items}", ", , ")
