@@ -4,14 +4,17 @@
     python train.py --dataset DIR --users 2000              your reviews (the Hub's schema), or the authors' blocks
     python train.py --dataset instruments --lambda 2.0      the paper: Llama-3.2-1B on one GPU
     python train.py --method single --compare "" --seed 1   one baseline alone
+    python train.py ... --resume                            goes on after Ctrl-C, kill or power cut, to the same bytes
 
 Every number is a flag: --help lists them with their sources. A run ends with RUN/results.json.
 """
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from minipeso import config, continual, report
+from minipeso import config, continual, disk, report, signals
 from minipeso.config import Config
 from minipeso.evaluate import reference_hits
 from minipeso.explain import dry_run, explain
@@ -27,6 +30,14 @@ def main(cfg: Config) -> None:
         return dry_run(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    with disk.alone(Path(cfg.out)), signals.heard():
+        learn(cfg)
+
+
+def learn(cfg: Config) -> None:
+    # with --resume: everything that an earlier start finished is taken from RUN/checkpoints
+    if report.goes_on(Path(cfg.out), cfg) and report.again(Path(cfg.out), cfg):
+        return
 
     # reviews -> stages D1 .. D5 -> semantic IDs -> the base model, with LoRA around every projection
     run = set_up(cfg)

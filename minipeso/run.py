@@ -1,6 +1,8 @@
 """One run, piece by piece: what train.py tells as a story, and what the experiments repeat."""
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -8,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minipeso import continual, prepare, report
-from minipeso.checkpoint import Snapshot, restore, snapshot
-from minipeso.config import Config
+from minipeso import checkpoint, continual, disk, prepare, report
+from minipeso.checkpoint import Snapshot, packed, restore, snapshot, unpacked
+from minipeso.config import Config, UsageError
 from minipeso.evaluate import Ranker
 from minipeso.journal import Clock, Journal, counter
+from minipeso.keeper import KEPT, Keeper, numbered
 from minipeso.llama import Llama
-from minipeso.lora import adapter_parameters, inject, save_peft
+from minipeso.lora import LoRALinear, adapter_parameters, inject, save_peft
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.stages import examples, statistics, statistics_table
 from minipeso.tokens import Template
@@ -33,8 +36,20 @@ class Run(NamedTuple):
     model: Llama
     tick: Callable[[int], None] | None = None  # takes the place of bars: pairs trained, SEARCH a user ranked
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
     def journal(self, name: str) -> Journal:
         return Journal(self.out / "metrics.jsonl", name, self.tick)
+
+    def keeper(self, phase: str, journal: Journal) -> Keeper:
+        return Keeper(self.checkpoints, phase, report.digest(self.cfg), journal)
+
+    @property
+    def tables(self) -> bool:
+        """Whether training moves the whole token tables."""
+        return "tables" in (self.cfg.first_trains, self.cfg.later_trains)
 
 
 class First(NamedTuple):
@@ -46,8 +61,12 @@ class First(NamedTuple):
 
 
 def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
-    """Data, semantic IDs, prompts, and the base model with a new adapter."""
+    """Data, semantic IDs, prompts, and the base model with a new adapter. With cfg.resume, as with what
+    follows: all that an earlier start in cfg.out finished is taken from there."""
     out, clock = Path(cfg.out), Clock()
+    tidy(out, cfg)
+    if report.goes_on(out, cfg):
+        report.agree(out, cfg)  # before anything is written
 
     # data: interactions -> stages D1 .. D5
     data = prepare.load_dataset(cfg, out / "world")
@@ -59,11 +78,11 @@ def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
     # semantic IDs: text -> vector -> RQ-VAE -> L codes an item
     model, tokenizer = prepare.load_model(cfg), prepare.load_tokenizer(cfg)
     epochs = (lambda n: None) if tick else counter("RQ-VAE", cfg.rqvae_epochs, "epoch")
-    ids = prepare.semantic_ids(cfg, data, model, tokenizer, lambda epoch, loss: epochs(1))
+    ids = once(out, data, lambda: prepare.semantic_ids(cfg, data, model, tokenizer, lambda epoch, loss: epochs(1)))
     template = prepare.make_template(cfg, ids, tokenizer)
     print(ids.table(), end="\n\n")
     ids.save(out / "semantic_ids.json")
-    (out / "stats.md").write_text(f"{stats}\n\n{ids.table()}\n")
+    disk.write_file(out / "stats.md", f"{stats}\n\n{ids.table()}\n")
     clock("semantic IDs")
 
     # the base: pretrained, or learnt here on D0; then LoRA around every projection
@@ -71,7 +90,7 @@ def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
     generator = torch.Generator().manual_seed(cfg.seed)
     model.grow(ids.codes.shape[1] * ids.n_codes, generator, cfg.init)
     if prepare.from_scratch(cfg):
-        continual.learn_base(model, data.stages[0], template, cfg, run.journal("base"))
+        learn_base(run)
     inject(model, cfg.rank, cfg.alpha, cfg.dropout, generator=generator)
     lora, total = (sum(p.numel() for p in ps) for ps in (adapter_parameters(model), model.parameters()))
     print(f"{total:,} parameters, {lora:,} of them in the adapter\n")
@@ -79,14 +98,59 @@ def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
     return run
 
 
+def tidy(out: Path, cfg: Config) -> None:
+    """Removes the unfinished files of a start that was killed."""
+    for folder in (out, *(report.folder_of(out, cfg, name) for name in cfg.methods)):
+        for place in (folder, *(folder / "adapters").glob("*")):
+            disk.sweep(place)
+
+
+def once(out: Path, data: prepare.Dataset, fit: Callable[[], SemanticIDs]) -> SemanticIDs:
+    """The items' IDs: those that an earlier start committed, or fit(). They are fixed for all stages, so a
+    change of what they were made from is refused."""
+    place = out / "checkpoints" / "semantic-ids"
+    made_from = data.ids_file.read_bytes() if data.ids_file else json.dumps(data.texts).encode()
+    source = hashlib.sha256(made_from).hexdigest()
+    if place.is_dir():
+        tensors, facts = checkpoint.read(place)
+        if facts["source"] != source:
+            raise UsageError(f"{out} was begun with other {'semantic IDs' if data.ids_file else 'texts of the items'}\n"
+                             f"their hash was {facts['source'][:12]}, now it is {source[:12]}\n"
+                             "use the same, or start anew without --resume")
+        return SemanticIDs(tensors["codes"], facts["n_codes"], facts["collisions_before"])
+    ids = fit()
+    checkpoint.write(place, {"codes": ids.codes},
+                     {"n_codes": ids.n_codes, "collisions_before": ids.collisions_before, "source": source})
+    return ids
+
+
+def learn_base(run: Run) -> None:
+    """The base on D_0. Its checkpoint holds {parameter name: tensor}."""
+    journal = run.journal("base")
+    keeper = run.keeper("base", journal)
+    done, own = keeper.finished(), dict(run.model.named_parameters())
+    if done:
+        for name, p in own.items():
+            p.data.copy_(done[0][name])
+    else:
+        continual.learn_base(run.model, run.data.stages[0], run.template, run.cfg, journal, keeper)
+        keeper.finish(own, {})
+    run.clock("base", journal.earlier)
+
+
 def learn_first(run: Run) -> First:
     """D_1 by a new adapter, once for all methods."""
-    tables = "tables" in (run.cfg.first_trains, run.cfg.later_trains)
-    base = snapshot(run.model, tables)
-    continual.learn_first(run.model, run.data.stages[:1], run.template, run.cfg, run.journal("LoRA"))
-    save_peft(run.model, run.out / "adapters" / "stage-1", run.cfg.base)
-    first = First(base, snapshot(run.model, tables), rank_users(run, 1))
-    run.clock("D1")
+    base, journal = snapshot(run.model, run.tables), run.journal("LoRA")
+    keeper = run.keeper("first", journal)
+    done = keeper.finished()
+    if done:
+        first = First(base, unpacked(*done, LoRALinear), go_on(run, *done, LoRALinear)["1"])
+    else:
+        continual.learn_first(run.model, run.data.stages[:1], run.template, run.cfg, journal, keeper)
+        save_peft(run.model, run.out / "adapters" / "stage-1", run.cfg.base)
+        first = First(base, snapshot(run.model, run.tables), rank_users(run, 1))
+        finish(keeper, first.model, {"1": first.ranks})
+    run.clock("D1", journal.earlier)
     return first
 
 
@@ -94,14 +158,37 @@ def learn_later(run: Run, name: str, first: First, folder: Path | None = None) -
     """Method `name` from the model of D_1 through D_2 .. D_T: learn the stage, save the adapter (into
     `folder`), rank every test user's next item. -> {stage: ranks (users,)}"""
     cfg, method, journal = run.cfg, continual.method_named(name), run.journal(name)
+    results = numbered(run.checkpoints, f"{name}-stage-")  # of an earlier start; each has the ranks until then
     restore(run.model, first.model)
     ranks = {"1": first.ranks}
-    for t in range(2, len(run.data.stages) + 1):
-        continual.learn_stage(run.model, method, run.data.stages[:t], run.template, cfg, first.base, journal)
+    if results:
+        done = run.keeper(results[-1].name, journal).finished()
+        ranks = go_on(run, *done, LoRALinear, method.adapter)
+    for t in range(len(ranks) + 1, len(run.data.stages) + 1):
+        keeper = run.keeper(f"{name}-stage-{t}", journal)
+        continual.learn_stage(run.model, method, run.data.stages[:t], run.template, cfg, first.base, journal, keeper)
         if folder:
             save_peft(run.model, folder / "adapters" / f"stage-{t}", cfg.base)
         ranks[str(t)] = rank_users(run, t)
-    run.clock(name)
+        finish(keeper, snapshot(run.model, run.tables), ranks)
+        for old in numbered(run.checkpoints, f"{name}-stage-")[:-KEPT]:
+            disk.remove(old)
+    run.clock(name, journal.earlier)
+    return ranks
+
+
+def finish(keeper: Keeper, model: Snapshot, ranks: dict[str, Tensor]) -> None:
+    """Commits the model after a stage, and all ranks until then."""
+    tensors, facts = packed(model)
+    keeper.finish(tensors, facts | {"ranks": {t: r.tolist() for t, r in ranks.items()}})
+
+
+def go_on(run: Run, tensors: dict[str, Tensor], facts: dict, *kinds: type[LoRALinear]) -> dict[str, Tensor]:
+    """The model of a committed stage -> the ranks until then."""
+    restore(run.model, unpacked(tensors, facts, *kinds))
+    ranks = {t: torch.tensor(r, dtype=torch.long) for t, r in facts["ranks"].items()}
+    if run.tick:
+        run.tick(SEARCH * sum(len(r) for t, r in ranks.items() if len(ranks) == 1 or t != "1"))
     return ranks
 
 
