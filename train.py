@@ -4,6 +4,7 @@
     python train.py --dataset DIR --users 2000              your reviews (the Hub's schema), or the authors' blocks
     python train.py --dataset instruments --lambda 2.0      the paper: Llama-3.2-1B on one GPU
     python train.py --method single --compare "" --seed 1   one baseline alone
+    python train.py ... --resume                            goes on after Ctrl-C, kill or power cut, to the same bytes
 
 Every number is a flag: --help lists them with their sources. A run ends with RUN/results.json.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from minipeso import config, continual, report
+from minipeso import config, continual, disk, report, signals
 from minipeso.config import Config
 from minipeso.evaluate import reference_hits
 from minipeso.explain import dry_run, explain
@@ -30,8 +31,16 @@ def main(cfg: Config) -> None:
         return dry_run(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    with disk.alone(Path(cfg.out)), signals.heard():
+        learn(cfg, all(method.system == "two-tower" for method in methods))
 
-    if all(method.system == "two-tower" for method in methods):  # baselines that need no language model
+
+def learn(cfg: Config, towers_alone: bool) -> None:
+    # with --resume: everything that an earlier start finished is taken from RUN/checkpoints
+    if report.goes_on(Path(cfg.out), cfg) and report.again(Path(cfg.out), cfg):
+        return
+
+    if towers_alone:  # baselines that need no language model
         data, ranks, clock = two_towers(cfg)
         return report.finish(Path(cfg.out), cfg, ranks, reference_hits(data.stages, data.known), clock.seconds)
 

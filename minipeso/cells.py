@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, multiprocessing
 from tqdm import tqdm
 
-from minipeso import continual, prepare, report
+from minipeso import continual, disk, prepare, report
 from minipeso.config import ACTIONS, Config, UsageError, flag
 from minipeso.evorec import inactive
 from minipeso.journal import Clock
@@ -143,7 +143,7 @@ def _compute(cfg: Config, seed: int, split: str, cells: list[Cell], tick: Callab
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     folder = _folder(Path(cfg.out), seed, split)
-    mine = dataclasses.replace(cfg, seed=seed, split=split, out=str(folder))
+    mine = dataclasses.replace(cfg, seed=seed, split=split, out=str(folder), resume=True)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the table speaks, not its parts
         run = set_up(mine, tick)
         first = learn_first(run)
@@ -159,6 +159,7 @@ def _compute(cfg: Config, seed: int, split: str, cells: list[Cell], tick: Callab
         report.write_json(place / "cell.json", {
             "ranks": {t: r.tolist() for t, r in ranks.items()}, "diverged": diverged,
             "training": what_training_said(place / "metrics.jsonl"), "seconds": part.clock.seconds.get(cell.method, 0.0)})
+        disk.remove(place / "checkpoints")
 
 
 def what_training_said(file: Path) -> dict[str, dict]:

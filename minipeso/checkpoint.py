@@ -1,30 +1,26 @@
 """Training state, in memory and on disk: what a stage may change, to go back to it or go on from it.
 
-On disk it is a folder without pickle that is there whole or not at all:
+On disk it is a folder without pickle that is there whole or not at all (disk.py):
 
     FOLDER/state.safetensors   the tensors
     FOLDER/facts.json          everything else
-    FOLDER/manifest.json       bytes and SHA-256 of both; written last, before the folder gets its name
 """
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
+from minipeso import disk
+from minipeso.disk import CheckpointError
 from minipeso.llama import Llama
 from minipeso.lora import LoRALinear, adapters, rewrap
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be used: exit code 3. Three lines: what, found, what to do."""
 
 
 class Snapshot(NamedTuple):
@@ -63,34 +59,46 @@ def restore(model: Llama, saved: Snapshot) -> None:
             state[name].copy_(saved.tensors[name])
 
 
+def packed(saved: Snapshot) -> tuple[dict[str, Tensor], dict]:
+    """A snapshot as what `write` takes."""
+    return saved.tensors, {"tied": saved.tied, "adapter": saved.adapter.__name__}
+
+
+def unpacked(tensors: dict[str, Tensor], facts: dict, *kinds: type[LoRALinear]) -> Snapshot:
+    """The snapshot again; its class is one of `kinds`, by name."""
+    return Snapshot(tensors, facts["tied"], {kind.__name__: kind for kind in kinds}[facts["adapter"]])
+
+
 def write(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None:
-    """Commits by rename: a crash at any point leaves the old folder, or none, never half of one."""
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    files = {"state.safetensors": save({name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}),
-             "facts.json": json.dumps(facts, indent=1, allow_nan=False).encode()}
-    manifest = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    for name, data in {**files, "manifest.json": json.dumps(manifest, indent=1).encode()}.items():
-        with open(part / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(part, folder)
+    """Commits both; see disk.commit."""
+    on_cpu = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
+    disk.commit(folder, {"state.safetensors": save(on_cpu), "facts.json": json.dumps(facts, allow_nan=False).encode()})
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, facts) of an intact checkpoint. A safetensors file alone would not notice a flipped
-    bit, so both files are held against the manifest first; CheckpointError says what differs."""
+    """(tensors, facts) of an intact checkpoint. A safetensors file alone would not notice a flipped bit,
+    so both files are held against the manifest first; CheckpointError says what differs."""
+    files = disk.read(folder)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        files = {name: (folder / name).read_bytes() for name in ("state.safetensors", "facts.json")}
-        wrong = [f"{name}: {len(data):,} bytes, sha256 {hashlib.sha256(data).hexdigest()[:12]}, the manifest has "
-                 f"{manifest[name]['bytes']:,}, {manifest[name]['sha256'][:12]}"
-                 for name, data in files.items() if manifest[name]["sha256"] != hashlib.sha256(data).hexdigest()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        wrong = [f"{type(error).__name__}: {error}"]
-    if wrong:
-        raise CheckpointError(f"{folder} is not an intact checkpoint\n{wrong[0]}\ndelete it and run again")
-    return load(files["state.safetensors"]), json.loads(files["facts.json"])
+        return load(files["state.safetensors"]), json.loads(files["facts.json"])
+    except (KeyError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is not a checkpoint of minipeso\n{type(error).__name__}: {error}\n"
+                              "delete it and run again") from error
+
+
+def check(folder: Path) -> None:
+    """Every checkpoint in `folder` is read; a broken one is reported and removed, so that the one before
+    it counts. CheckpointError, and nothing removed, if there are checkpoints and none is intact."""
+    disk.sweep(folder)
+    places, broken = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else [], {}
+    for place in places:
+        try:
+            read(place)
+        except CheckpointError as error:
+            broken[place] = " ".join(str(error).splitlines()[:2])
+    if broken and len(broken) == len(places):
+        raise CheckpointError(f"no checkpoint in {folder} is intact\n{'; '.join(broken.values())}\n"
+                              "start anew, without --resume")
+    for place, reason in broken.items():
+        print(f"warning: {reason}; it is removed, and what it held is computed again", file=sys.stderr)
+        disk.remove(place)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from minipeso.disk import CheckpointError
+
 CHOICES = {
     "recipe": ("paper", "release"), "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"),
     "split": ("natural", "user-disjoint"), "prompt": ("short", "paper", "release"), "groups": ("module", "matrix"),
@@ -124,6 +126,7 @@ class Config:
     evo_consistency: float = 0.0  # its code: weight 1, but switched off
     filter_epochs: int = 10  # ours: of SASRec, on each stage
     # what not to do
+    resume: bool = False  # go on where an earlier start with the same settings was interrupted; else anew
     dry_run: bool = False  # print everything that would happen, then stop
     explain: bool = False  # after training, walk one item through every step
     debug: bool = False  # a traceback instead of the three-line message
@@ -156,6 +159,7 @@ DATASETS = {  # name -> what Section 5.1 and App. C.1 say of it
 }
 CATEGORIES = {"instruments": "Musical_Instruments", "movies": "Movies_and_TV", "books": "Books"}
 ACTIONS = ("dry_run", "explain", "debug")  # change what is printed, not what is computed
+MAY_CHANGE = ("out", "device", "threads", "eval_batch", "resume", *ACTIONS)  # between a run's start and its resumption
 
 
 def resolve(flags: dict) -> Config:
@@ -262,12 +266,23 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"cannot read the command line\n{message}\npython {self.prog} --help lists the flags")
 
 
-EXIT_CODES = ((FloatingPointError, 4), (FileNotFoundError, 2), (ValueError, 2), (torch.OutOfMemoryError, 5), (OSError, 5))
+def _three_lines(error: Exception) -> str:
+    """Ours come in three lines; what the system or torch raises does not."""
+    if isinstance(error, torch.OutOfMemoryError):
+        first = str(error).splitlines()[0]
+        return f"not enough memory on the GPU\n{first}\nlower --batch or --eval-batch; --resume goes on with the latter"
+    if isinstance(error, OSError) and error.errno:
+        return f"the system refused to open, read or write\n{error}\ncheck the path, its permissions and the space"
+    return str(error)
+
+
+EXIT_CODES = ((FloatingPointError, 4), (FileNotFoundError, 2), (ValueError, 2), (CheckpointError, 3),
+              (torch.OutOfMemoryError, 5), (OSError, 5))
 
 
 def guard(main: Callable[[], None]) -> None:
-    """main(); what goes wrong becomes three lines and an exit code: 2 usage or data, 4 numbers,
-    5 environment, 130 Ctrl-C. With --debug on the command line, a traceback."""
+    """main(); what goes wrong becomes three lines and an exit code: 2 usage or data, 3 checkpoints,
+    4 numbers, 5 environment, 130 Ctrl-C. With --debug on the command line, a traceback."""
     try:
         main()
     except KeyboardInterrupt:
@@ -275,5 +290,5 @@ def guard(main: Callable[[], None]) -> None:
     except tuple(kind for kind, _ in EXIT_CODES) as error:
         if "--debug" in sys.argv:
             raise
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(f"\nerror: {_three_lines(error)}", file=sys.stderr)
         sys.exit(next(code for kind, code in EXIT_CODES if isinstance(error, kind)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minipeso.checkpoint import Snapshot, restore
 from minipeso.config import Config, UsageError, unknown
 from minipeso.cumulative import InfLoRALinear, SDLoRALinear, SumLoRALinear, design_inflora, variants
+from minipeso.keeper import Keeper, Progress
 from minipeso.llama import Llama
 from minipeso.lora import LoRALinear, adapter_parameters, adapters, rewrap, watching
 from minipeso.proximal import PROXIMALS, output_kl
@@ -148,26 +149,30 @@ class Plan(NamedTuple):
 
 
 Log = Callable[[dict], None]
+NO_KEEPER = Keeper()
 
 
-def learn_base(model: Llama, first: Stage, template: Template, cfg: Config, log: Log) -> None:
+def learn_base(model: Llama, first: Stage, template: Template, cfg: Config, log: Log,
+               keeper: Keeper = NO_KEEPER) -> None:
     """The stand-in for a pretrained LLM (ours, for `--base tiny` and `small`): all parameters, on D_0,
     the training pairs of a seeded share of D_1's users. What only D_1 knows is left to the adapter."""
     order = torch.randperm(len(first.users), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
     users = {first.users[i] for i in order[:math.ceil(cfg.base_share * len(order))]}
     train, valid = ([e for e in examples(first, part, cfg.window) if e.user in users] for part in ("train", "valid"))
-    train_stage(model, train, valid, template, Plan(0, cfg.base_epochs, cfg.base_lr, cfg.base_batch), cfg, log)
+    plan = Plan(0, cfg.base_epochs, cfg.base_lr, cfg.base_batch)
+    train_stage(model, train, valid, template, plan, cfg, log, keeper)
 
 
-def learn_first(model: Llama, stages: list[Stage], template: Template, cfg: Config, log: Log) -> None:
+def learn_first(model: Llama, stages: list[Stage], template: Template, cfg: Config, log: Log,
+                keeper: Keeper = NO_KEEPER) -> None:
     """D_1 by a new adapter, the same for every method: LoRA and what cfg.first_trains names, at the
     full rate, without a penalty (there is no previous state). More stages: retraining on all of them."""
     choose_trainable(model, cfg.first_trains)
-    _learn(model, stages, Plan(stages[-1].number, cfg.epochs, cfg.lr, cfg.batch), template, cfg, log)
+    _learn(model, stages, Plan(stages[-1].number, cfg.epochs, cfg.lr, cfg.batch), template, cfg, log, keeper)
 
 
 def learn_stage(model: Llama, method: Method, stages: list[Stage], template: Template, cfg: Config,
-                base: Snapshot, log: Log) -> None:
+                base: Snapshot, log: Log, keeper: Keeper = NO_KEEPER) -> None:
     """Stage t = len(stages) >= 2, from the model of stage t - 1 (v_t <- v_{t-1}): what cfg.later_trains
     names, at cfg.later_lr of the rate, with the method's penalty. One that restarts goes to `base`."""
     data = [stage for stage in method.data(stages) if any(len(taken) > 2 for taken in stage.current.values())]
@@ -175,7 +180,7 @@ def learn_stage(model: Llama, method: Method, stages: list[Stage], template: Tem
         return
     if method.restart:
         restore(model, base)
-        return learn_first(model, data, template, cfg, log)
+        return learn_first(model, data, template, cfg, log, keeper)
     t = len(stages)
     rewrap(model, method.adapter)
     if method.prepare:
@@ -186,12 +191,13 @@ def learn_stage(model: Llama, method: Method, stages: list[Stage], template: Tem
         layer.advance(generator)  # the anchor moves up
     choose_trainable(model, cfg.later_trains)
     plan = Plan(t, cfg.epochs, cfg.lr * cfg.later_lr, cfg.batch, penalty_named(cfg, method))
-    _learn(model, data, plan, template, cfg, log)
+    _learn(model, data, plan, template, cfg, log, keeper)
 
 
-def _learn(model: Llama, data: list[Stage], plan: Plan, template: Template, cfg: Config, log: Log) -> None:
+def _learn(model: Llama, data: list[Stage], plan: Plan, template: Template, cfg: Config, log: Log,
+           keeper: Keeper) -> None:
     train, valid = ([e for stage in data for e in examples(stage, part, cfg.window)] for part in ("train", "valid"))
-    train_stage(model, train, valid, template, plan, cfg, log)
+    train_stage(model, train, valid, template, plan, cfg, log, keeper)
     v, v_prev = ([M for pair in anchored(model) for M in pair[half:half + 2]] for half in (0, 2))
     log({"stage": plan.stage, "moved": norm(a.detach() - b for a, b in zip(v, v_prev)).item(),
          "anchor": norm(v_prev).item()})
@@ -219,37 +225,35 @@ def choose_trainable(model: Llama, what: str) -> None:
 
 
 def train_stage(model: Llama, train: list[Example], valid: list[Example], template: Template, plan: Plan,
-                cfg: Config, log: Log = lambda record: None) -> None:
+                cfg: Config, log: Log = lambda record: None, keeper: Keeper = NO_KEEPER) -> None:
     """Minimises stage_loss over whatever requires a gradient, and keeps the epoch with the lowest
     validation cross-entropy (without the penalty, which says nothing about users).
 
     AdamW, warm-up and a cosine to 0, restarted every stage (Release). The order of the data depends
-    on (seed, stage, epoch) alone. FloatingPointError if the loss or its gradient is not finite.
+    on (seed, stage, epoch) alone, so `keeper` goes on after an interruption as if there had been none.
+    FloatingPointError if the loss or its gradient is not finite.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=cfg.weight_decay, fused=True)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.AdamW(parameters.values(), lr=plan.lr, weight_decay=cfg.weight_decay, fused=True)
     data, checks = rows(train, template), rows(valid, template)
     steps = plan.epochs * math.ceil(len(train) / plan.batch)
-    best, step = (math.inf, parameters), 0
-    for epoch in range(plan.epochs):
+    at = keeper.begin(Progress(parameters, optimiser))
+    for epoch in range(at.epoch, plan.epochs):
         seed = (cfg.seed * 1009 + plan.stage) * 1009 + epoch
         torch.manual_seed(seed)  # dropout's only source
         model.train()
-        for chosen in batches(data, plan.batch, torch.Generator().manual_seed(seed)):
-            optimiser.param_groups[0]["lr"] = plan.lr * learning_rate(step, steps, cfg.warmup)
+        for chosen in keeper.steps(at, batches(data, plan.batch, torch.Generator().manual_seed(seed))):
+            optimiser.param_groups[0]["lr"] = plan.lr * learning_rate(at.step, steps, cfg.warmup)
             record = train_step(model, collate(chosen, model.device), optimiser, plan, cfg)
-            step += 1
-            log({"stage": plan.stage, "epoch": epoch, "step": step, "steps": steps, **record})
+            log({"stage": plan.stage, "epoch": epoch, "step": at.step + 1, "steps": steps, **record})
         loss = mean_loss(model, checks, cfg.temperature)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is no longer finite at stage {plan.stage}\n"
                                      f"found {loss} after epoch {epoch}\nlower --lr or --lambda")
-        log({"stage": plan.stage, "epoch": epoch, "step": step, "steps": steps, "valid_ce": loss,
+        log({"stage": plan.stage, "epoch": epoch, "step": at.step, "steps": steps, "valid_ce": loss,
              "last": epoch == plan.epochs - 1})
-        if loss < best[0]:
-            best = loss, [p.detach().clone() for p in parameters]
-    for p, kept in zip(parameters, best[1], strict=True):
-        p.data.copy_(kept)
+        keeper.end_epoch(at, loss)
+    at.take_best()
 
 
 def train_step(model: Llama, batch: Batch, optimiser, plan: Plan, cfg: Config) -> dict[str, float]:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipeso.config import Config
-from minipeso.continual import Log, Plan, choose_trainable, train_stage
+from minipeso.continual import NO_KEEPER, Log, Plan, choose_trainable, train_stage
+from minipeso.keeper import Keeper
 from minipeso.llama import Llama
 from minipeso.lora import adapters
 from minipeso.sasrec import SASRec, fit, relevance
@@ -32,7 +33,8 @@ class EvoRec:
         torch.manual_seed(cfg.seed)
         self.filter, self.cfg, self.seen = SASRec(n_items), cfg, 0
 
-    def learn_stage(self, model: Llama, stages: Sequence[Stage], template: Template, log: Log) -> Stage:
+    def learn_stage(self, model: Llama, stages: Sequence[Stage], template: Template, log: Log,
+                    keeper: Keeper = NO_KEEPER) -> Stage:
         """Stage t = len(stages) >= 2 -> D_t with shortened histories, to be ranked on."""
         cfg, shorter = self.cfg, self.forget(stages)
         located = locate(model, stages[-1], template, cfg)
@@ -45,7 +47,7 @@ class EvoRec:
         plan = Plan(len(stages), cfg.epochs, cfg.lr * cfg.later_lr, cfg.batch)
         if cfg.evo_consistency:
             plan = plan._replace(extra=consistency(model, inactive(stages), template, cfg))
-        train_stage(model, train, valid, template, plan, cfg, log)
+        train_stage(model, train, valid, template, plan, cfg, log, keeper)
         log({"stage": len(stages), "located": located, "touched": touched})
         return shorter
 

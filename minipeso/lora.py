@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from minipeso.disk import write_file
 
 # Release: all seven projections of every layer. Paper: "e.g. attention layers".
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -169,8 +171,8 @@ def save_peft(model: nn.Module, folder: str | Path, base: str = "") -> None:
         "trainable_token_indices": tokens if len(tokens) > 1 else next(iter(tokens.values()), None),
     }
     tensors = {name: torch.cat([p.detach() for p in parts]).cpu().contiguous() for name, parts in _places(model).items()}
-    save_file(dict(sorted(tensors.items())), folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_file(folder / "adapter_model.safetensors", save(dict(sorted(tensors.items())), {"format": "pt"}))
+    write_file(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @torch.no_grad()

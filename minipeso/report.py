@@ -2,16 +2,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
-import os
+import math
 import resource
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minipeso.config import Config
+from minipeso import checkpoint, disk
+from minipeso.config import MAY_CHANGE, Config, UsageError, flag
 from minipeso.metrics import CUTOFFS, average, hits, paired_interval, summary
 
 METRICS = [f"{name}@{k}" for name in ("hit", "ndcg") for k in CUTOFFS]
@@ -41,20 +43,69 @@ def peak_memory() -> int:
 
 def write_json(path: Path, value) -> None:
     """Whole or not at all: a reader never sees half a file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    os.replace(part, path)
+    disk.write_file(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def settings(cfg: Config, free: tuple[str, ...] = ("resume",)) -> dict:
+    """The settings as JSON has them, without the `free` ones."""
+    return {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items() if name not in free}
+
+
+def digest(cfg: Config) -> str:
+    """A hash of the settings that decide what is computed."""
+    return hashlib.sha256(json.dumps(settings(cfg, MAY_CHANGE)).encode()).hexdigest()[:16]
 
 
 def begin(out: Path, cfg: Config, data: str) -> None:
-    """A new run in `out` on the data of this hash: config.json is written, and what an older run
-    left there is void."""
+    """A new run in `out` on the data of this hash: config.json is written, and what an older run left
+    there is void. With --resume the older run goes on, if it has the same settings and data."""
     out.mkdir(parents=True, exist_ok=True)
-    for old in (out / "results.json", *out.glob("*/results.json")):
-        if old.parent == out or not (old.parent / "config.json").is_file():  # else: a run of its own, not a method's
-            old.unlink(missing_ok=True)
-    (out / "metrics.jsonl").write_text("")
-    write_json(out / "config.json", dataclasses.asdict(cfg) | {"data": data, "versions": versions()})
+    if goes_on(out, cfg):
+        agree(out, cfg, data)
+        checkpoint.check(out / "checkpoints")
+    else:
+        disk.remove(out / "checkpoints")
+        for old in (out / "results.json", *out.glob("*/results.json")):
+            if old.parent == out or not (old.parent / "config.json").is_file():  # else: a run of its own, not a method's
+                old.unlink(missing_ok=True)
+        write_json(out / "config.json", settings(cfg) | {"data": data, "versions": versions()})
+    disk.write_file(out / "metrics.jsonl", "")  # what is gone on with says again what it had said
+
+
+def goes_on(out: Path, cfg: Config) -> bool:
+    return cfg.resume and (out / "config.json").is_file()
+
+
+def agree(out: Path, cfg: Config, data: str | None = None) -> None:
+    """The settings (and the data's hash) must be those that the run in `out` began with: UsageError
+    names what differs. A newer torch is let pass, and told."""
+    file = out / "config.json"
+    before, now = read_json(file, "start anew, without --resume"), settings(cfg, MAY_CHANGE)
+    began = {name: value for name, value in before.items() if name not in ("data", "versions", *MAY_CHANGE)}
+    differ = [f"{flag(name)} {began.get(name)} there, {now.get(name)} now" for name in sorted(began.keys() | now.keys())
+              if began.get(name) != now.get(name)]
+    if data and data != before.get("data"):
+        differ.append("the data has another hash")
+    if differ:
+        raise UsageError(f"{out} was begun with other settings\n{'; '.join(differ)}\n"
+                         "use the same, start anew without --resume, or name another --out")
+    if data and before.get("versions") != versions():
+        print(f"note: begun with {before.get('versions')}, going on with {versions()}", end="\n\n")
+
+
+def again(out: Path, cfg: Config) -> bool:
+    """Prints the tables of a run that has come to its end; False if this one has not, or has more to say."""
+    if cfg.explain:
+        return False
+    agree(out, cfg)
+    folders = {name: folder_of(out, cfg, name) for name in cfg.methods}
+    if not all((folder / "results.json").is_file() for folder in folders.values()):
+        return False
+    loaded = {name: load(folder) for name, folder in folders.items()}
+    runs, ranks = ({name: pair[part] for name, pair in loaded.items()} for part in (0, 1))
+    print(tables(runs, ranks))
+    print(f"\nfinished before; {out / 'results.json'}")
+    return True
 
 
 def folder_of(out: Path, cfg: Config, method: str) -> Path:
@@ -71,8 +122,8 @@ def finish(out: Path, cfg: Config, ranks: dict[str, dict[str, Tensor]], referenc
     """Writes results.json and ranks.json of every method and prints the tables."""
     runs = {}
     for name, found in ranks.items():
-        settings = dataclasses.asdict(dataclasses.replace(cfg, method=name))
-        runs[name], folder = results(settings, found, references, seconds), folder_of(out, cfg, name)
+        own = settings(dataclasses.replace(cfg, method=name))
+        runs[name], folder = results(own, found, references, seconds), folder_of(out, cfg, name)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "ranks.json", {t: r.tolist() for t, r in found.items()})
         write_json(folder / "results.json", runs[name])
@@ -81,13 +132,45 @@ def finish(out: Path, cfg: Config, ranks: dict[str, dict[str, Tensor]], referenc
 
 
 def load(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    """(results, ranks) of a run folder; FileNotFoundError says what a run folder is."""
+    """(results, ranks) of a run folder; FileNotFoundError says what a run folder is. The metrics must be
+    those of the ranks beside them (ValueError): no number is shown that somebody else put there."""
     for name in ("results.json", "ranks.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a finished run\nit has no {name}\n"
                                     "give the --out folder of a train.py run that ended")
-    ranks = json.loads((folder / "ranks.json").read_text())
-    return json.loads((folder / "results.json").read_text()), {t: torch.tensor(r) for t, r in ranks.items()}
+    remedy = "delete results.json and run train.py again with --resume"
+    found, ranks = (read_json(folder / name, remedy) for name in ("results.json", "ranks.json"))
+    try:
+        ranks = {t: torch.tensor(r, dtype=torch.long) for t, r in ranks.items()}
+        again = results(found["config"], ranks, found["references"], found["seconds"])
+        wrong = [part for part in ("stages", "average") if not same(found[part], again[part])]
+        wrong += [f"stage {t} of references" for t in ranks if set(found["references"][t]) != {"random", "popularity"}]
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        wrong = [f"{type(error).__name__}: {error}"]
+    if wrong:
+        raise ValueError(f"{folder / 'results.json'} is not what ranks.json beside it gives\n{wrong[0]} differs\n"
+                         f"{remedy}")
+    return found, ranks
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """The JSON object in a file; ValueError in three lines."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON\n{error}\n{remedy}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object\nit holds a {type(value).__name__}\n{remedy}")
+    return value
+
+
+def same(a, b) -> bool:
+    """Equal, numbers up to rounding."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-7)
+    return type(a) is type(b) and a == b
 
 
 # -- tables -----------------------------------------------------------------------------------------

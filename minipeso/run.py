@@ -1,6 +1,8 @@
 """One run, piece by piece: what train.py tells as a story, and what the experiments repeat."""
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -8,14 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minipeso import continual, prepare, report
-from minipeso.checkpoint import Snapshot, restore, snapshot
-from minipeso.config import Config
+from minipeso import checkpoint, continual, disk, prepare, report
+from minipeso.checkpoint import Snapshot, packed, restore, snapshot, unpacked
+from minipeso.config import Config, UsageError
 from minipeso.evaluate import Ranker
 from minipeso.evorec import EvoRec, inactive
 from minipeso.journal import Clock, Journal, counter
+from minipeso.keeper import KEPT, Keeper, numbered
 from minipeso.llama import Llama
-from minipeso.lora import adapter_parameters, inject, save_peft
+from minipeso.lora import LoRALinear, adapter_parameters, inject, save_peft
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.stages import Example, Stage, examples, statistics, statistics_table
 from minipeso.tokens import Template
@@ -36,8 +39,20 @@ class Run(NamedTuple):
     towers: TwoTowers  # beside the LLM, for those who ask for a two-tower method
     tick: Callable[[int], None] | None = None  # takes the place of bars: pairs trained, SEARCH a user ranked
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
     def journal(self, name: str) -> Journal:
         return Journal(self.out / "metrics.jsonl", name, self.tick)
+
+    def keeper(self, phase: str, journal: Journal) -> Keeper:
+        return Keeper(self.checkpoints, phase, report.digest(self.cfg), journal)
+
+    @property
+    def tables(self) -> bool:
+        """Whether training moves the whole token tables."""
+        return "tables" in (self.cfg.first_trains, self.cfg.later_trains)
 
 
 class First(NamedTuple):
@@ -49,13 +64,16 @@ class First(NamedTuple):
 
 
 def load(cfg: Config) -> tuple[prepare.Dataset, str]:
-    """Interactions -> stages D1 .. D5, and their Table 4; the run folder begins."""
+    """Interactions -> stages D1 .. D5, and their Table 4; the run folder begins, or is gone on with (cfg.resume)."""
     out = Path(cfg.out)
+    tidy(out, cfg)
+    if report.goes_on(out, cfg):
+        report.agree(out, cfg)  # before anything is written
     data = prepare.load_dataset(cfg, out / "world")
     report.begin(out, cfg, prepare.fingerprint(data.stages))
     stats = "\n".join([statistics_table(statistics(data.stages)), "", *data.notes])
     print(stats, end="\n\n")
-    (out / "stats.md").write_text(stats + "\n")
+    disk.write_file(out / "stats.md", stats + "\n")
     return data, stats
 
 
@@ -78,11 +96,11 @@ def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
     # semantic IDs: text -> vector -> RQ-VAE -> L codes an item
     model, tokenizer = prepare.load_model(cfg), prepare.load_tokenizer(cfg)
     epochs = (lambda n: None) if tick else counter("RQ-VAE", cfg.rqvae_epochs, "epoch")
-    ids = prepare.semantic_ids(cfg, data, model, tokenizer, lambda epoch, loss: epochs(1))
+    ids = once(out, data, lambda: prepare.semantic_ids(cfg, data, model, tokenizer, lambda epoch, loss: epochs(1)))
     template = prepare.make_template(cfg, ids, tokenizer)
     print(ids.table(), end="\n\n")
     ids.save(out / "semantic_ids.json")
-    (out / "stats.md").write_text(f"{stats}\n\n{ids.table()}\n")
+    disk.write_file(out / "stats.md", f"{stats}\n\n{ids.table()}\n")
     clock("semantic IDs")
 
     # the base: pretrained, or learnt here on D0; then LoRA around every projection
@@ -91,7 +109,7 @@ def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
     generator = torch.Generator().manual_seed(cfg.seed)
     model.grow(ids.codes.shape[1] * ids.n_codes, generator, cfg.init)
     if prepare.from_scratch(cfg):
-        continual.learn_base(model, data.stages[0], template, cfg, run.journal("base"))
+        learn_base(run)
     inject(model, cfg.rank, cfg.alpha, cfg.dropout, generator=generator)
     lora, total = (sum(p.numel() for p in ps) for ps in (adapter_parameters(model), model.parameters()))
     print(f"{total:,} parameters, {lora:,} of them in the adapter\n")
@@ -99,14 +117,59 @@ def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
     return run
 
 
+def tidy(out: Path, cfg: Config) -> None:
+    """Removes the unfinished files of a start that was killed."""
+    for folder in (out, *(report.folder_of(out, cfg, name) for name in cfg.methods)):
+        for place in (folder, *(folder / "adapters").glob("*")):
+            disk.sweep(place)
+
+
+def once(out: Path, data: prepare.Dataset, fit: Callable[[], SemanticIDs]) -> SemanticIDs:
+    """The items' IDs: those that an earlier start committed, or fit(). They are fixed for all stages, so a
+    change of what they were made from is refused."""
+    place = out / "checkpoints" / "semantic-ids"
+    made_from = data.ids_file.read_bytes() if data.ids_file else json.dumps(data.texts).encode()
+    source = hashlib.sha256(made_from).hexdigest()
+    if place.is_dir():
+        tensors, facts = checkpoint.read(place)
+        if facts["source"] != source:
+            raise UsageError(f"{out} was begun with other {'semantic IDs' if data.ids_file else 'texts of the items'}\n"
+                             f"their hash was {facts['source'][:12]}, now it is {source[:12]}\n"
+                             "use the same, or start anew without --resume")
+        return SemanticIDs(tensors["codes"], facts["n_codes"], facts["collisions_before"])
+    ids = fit()
+    checkpoint.write(place, {"codes": ids.codes},
+                     {"n_codes": ids.n_codes, "collisions_before": ids.collisions_before, "source": source})
+    return ids
+
+
+def learn_base(run: Run) -> None:
+    """The base on D_0. Its checkpoint holds {parameter name: tensor}."""
+    journal = run.journal("base")
+    keeper = run.keeper("base", journal)
+    done, own = keeper.finished(), dict(run.model.named_parameters())
+    if done:
+        for name, p in own.items():
+            p.data.copy_(done[0][name])
+    else:
+        continual.learn_base(run.model, run.data.stages[0], run.template, run.cfg, journal, keeper)
+        keeper.finish(own, {})
+    run.clock("base", journal.earlier)
+
+
 def learn_first(run: Run) -> First:
     """D_1 by a new adapter, once for all methods."""
-    tables = "tables" in (run.cfg.first_trains, run.cfg.later_trains)
-    base = snapshot(run.model, tables)
-    continual.learn_first(run.model, run.data.stages[:1], run.template, run.cfg, run.journal("LoRA"))
-    save_peft(run.model, run.out / "adapters" / "stage-1", run.cfg.base)
-    first = First(base, snapshot(run.model, tables), rank_users(run, 1))
-    run.clock("D1")
+    base, journal = snapshot(run.model, run.tables), run.journal("LoRA")
+    keeper = run.keeper("first", journal)
+    done = keeper.finished()
+    if done:
+        first = First(base, unpacked(*done, LoRALinear), go_on(run, *done, LoRALinear)["1"])
+    else:
+        continual.learn_first(run.model, run.data.stages[:1], run.template, run.cfg, journal, keeper)
+        save_peft(run.model, run.out / "adapters" / "stage-1", run.cfg.base)
+        first = First(base, snapshot(run.model, run.tables), rank_users(run, 1))
+        finish(keeper, first.model, {"1": first.ranks})
+    run.clock("D1", journal.earlier)
     return first
 
 
@@ -118,19 +181,42 @@ def learn_later(run: Run, name: str, first: First, folder: Path | None = None,
     cfg, method, journal, stages = run.cfg, continual.method_named(name), run.journal(name), run.data.stages
     if method.system == "two-tower":
         return run.towers.learn(name)
+    results = numbered(run.checkpoints, f"{name}-stage-")  # of an earlier start; each has the ranks until then
     restore(run.model, first.model)
     evorec, ranks = EvoRec(len(run.data.keys), cfg) if method.system == "evorec" else None, {"1": first.ranks}
-    for t in range(2, len(stages) + 1):
-        shown = stages[t - 1]
+    if results:
+        done = run.keeper(results[-1].name, journal).finished()
+        ranks = go_on(run, *done, LoRALinear, method.adapter)
+    for t in range(len(ranks) + 1, len(stages) + 1):
+        keeper, shown = run.keeper(f"{name}-stage-{t}", journal), stages[t - 1]
         if evorec:
-            shown = evorec.learn_stage(run.model, stages[:t], run.template, journal)
+            shown = evorec.learn_stage(run.model, stages[:t], run.template, journal, keeper)
         else:
-            continual.learn_stage(run.model, method, stages[:t], run.template, cfg, first.base, journal)
+            continual.learn_stage(run.model, method, stages[:t], run.template, cfg, first.base, journal, keeper)
         run.clock(name)
         if folder:
             save_peft(run.model, folder / "adapters" / f"stage-{t}", cfg.base)
         ranks[str(t)] = rank_users(run, t, shown, inactive(stages[:t]) if everyone else [])
+        finish(keeper, snapshot(run.model, run.tables), ranks)
+        for old in numbered(run.checkpoints, f"{name}-stage-")[:-KEPT]:
+            disk.remove(old)
         run.clock(f"{name}: test")
+    run.clock(name, journal.earlier)
+    return ranks
+
+
+def finish(keeper: Keeper, model: Snapshot, ranks: dict[str, Tensor]) -> None:
+    """Commits the model after a stage, and all ranks until then."""
+    tensors, facts = packed(model)
+    keeper.finish(tensors, facts | {"ranks": {t: r.tolist() for t, r in ranks.items()}})
+
+
+def go_on(run: Run, tensors: dict[str, Tensor], facts: dict, *kinds: type[LoRALinear]) -> dict[str, Tensor]:
+    """The model of a committed stage -> the ranks until then."""
+    restore(run.model, unpacked(tensors, facts, *kinds))
+    ranks = {t: torch.tensor(r, dtype=torch.long) for t, r in facts["ranks"].items()}
+    if run.tick:
+        run.tick(SEARCH * sum(len(r) for t, r in ranks.items() if len(ranks) == 1 or t != "1"))
     return ranks
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minipeso.disk import write_file
 from minipeso.rqvae import RQVAE, assign, collisions, quantise_residuals, squared_distances, train
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"  # one a level: <a_k> <b_k> <c_k> <d_k>, as in the Release
@@ -76,9 +77,7 @@ class SemanticIDs:
         """The Release's index file, {"0": ["<a_128>", "<b_72>", "<c_95>", "<d_83>"], "1": ...}."""
         rows = {item: [f"<{LETTERS[level]}_{code}>" for level, code in enumerate(row)]
                 for item, row in enumerate(self.codes.tolist())}
-        part = Path(f"{path}.part")  # so that an interruption leaves the old file or the new one
-        part.write_text(json.dumps(rows), encoding="utf-8")
-        os.replace(part, path)
+        write_file(Path(path), json.dumps(rows))
 
     @classmethod
     def load(cls, path: str | os.PathLike, n_codes: int = 256,

@@ -13,6 +13,7 @@ import torch
 
 from minipeso import config, evaluate, prepare
 from minipeso.config import Config, UsageError, from_args, guard, resolve
+from minipeso.disk import CheckpointError
 from tests.test_evorec import EVO_FIELDS
 from tests.test_twotower import TOWER_FIELDS
 from tests.micro import MICRO, checkpoint, fingerprint, flags, micro, run, shared_ids
@@ -163,6 +164,18 @@ def test_alive_explain(tmp_path, computed):
     assert {k: v for k, v in fingerprint(tmp_path).items() if not k.startswith("without")} == computed()
 
 
+def test_alive_resume(tmp_path):
+    """--resume goes on from what is there; without it a run starts anew. What is computed is the same."""
+    run(micro(tmp_path))
+    whole, base = fingerprint(tmp_path), tmp_path / "checkpoints" / "base" / "facts.json"
+    (tmp_path / "results.json").unlink()
+    before = base.stat().st_ino
+    run(micro(tmp_path, resume=True))
+    assert base.stat().st_ino == before and fingerprint(tmp_path) == whole
+    run(micro(tmp_path))
+    assert base.stat().st_ino != before and fingerprint(tmp_path) == whole
+
+
 def test_alive_debug(monkeypatch, capsys):
     """--debug lets the exception through with its traceback; without it there are three lines and a code."""
     def fails():
@@ -296,9 +309,9 @@ def test_exit_code_2_reaches_the_shell():
 
 @pytest.mark.parametrize("error, code", [
     (UsageError("x"), 2), (ValueError("x"), 2), (FileNotFoundError("x"), 2), (FloatingPointError("x"), 4),
-    (torch.OutOfMemoryError("x"), 5), (OSError("x"), 5), (KeyboardInterrupt(), 130)], ids=lambda x: type(x).__name__)
+    (CheckpointError("x"), 3), (torch.OutOfMemoryError("x"), 5), (OSError("x"), 5), (KeyboardInterrupt(), 130)], ids=lambda x: type(x).__name__)
 def test_exit_codes(error, code, monkeypatch):
-    """2 usage or data, 4 numbers, 5 environment, 130 Ctrl-C."""
+    """2 usage or data, 3 checkpoints, 4 numbers, 5 environment, 130 Ctrl-C."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
 
     def fails():

@@ -242,7 +242,7 @@ def test_what_every_method_trains_on(scratch, monkeypatch):
     one, pretrain nothing; only peso has a penalty, unless --proximal names one for all that continue."""
     seen = []
 
-    def spy(model, train, valid, template, plan, cfg, log):
+    def spy(model, train, valid, template, plan, cfg, log, keeper):
         seen.append(({e.stage for e in train}, {e.stage for e in valid}, plan))
     now = learnt(scratch)
     base = snapshot(now.model, True)
@@ -581,7 +581,7 @@ def test_the_order_of_the_data_depends_on_seed_stage_and_epoch_only(scratch):
 def test_the_base_learns_d0_alone(scratch, monkeypatch):
     """D_0: the training and validation pairs of a seeded share of D_1's users; no test item, no later stage."""
     seen = []
-    monkeypatch.setattr(continual, "train_stage", lambda model, train, valid, template, plan, cfg, log: seen.append(
+    monkeypatch.setattr(continual, "train_stage", lambda model, train, valid, template, plan, cfg, log, keeper: seen.append(
         (train, valid, plan)))
     stage = scratch.data.stages[0]
     for share, seed in ((0.5, 0), (0.5, 1), (1.0, 0)):

@@ -200,7 +200,10 @@ def test_a_run_ranks_active_and_inactive_users(tmp_path):
     stage's own are what they were."""
     run = set_up(micro(tmp_path, layers=4, world_users=120, filter_epochs=1))
     first = learn_first(run)
-    own, every = (learn_later(run, "evorec", first, everyone=all_of) for all_of in (False, True))
+    for all_of in (False, True):
+        (tmp_path / f"{all_of}").mkdir()
+    own, every = (learn_later(run._replace(out=tmp_path / f"{all_of}"), "evorec", first, everyone=all_of)
+                  for all_of in (False, True))
     for t in (2, 3):
         n = len(run.data.stages[t - 1].users)
         assert len(own[str(t)]) == n and torch.equal(every[str(t)][:n], own[str(t)])

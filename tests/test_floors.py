@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "minipeso").glob("*.py")) if path.stem != "__init__"}
 SCRIPTS = {name: ROOT / f"{name}.py" for name in ("train", "eval")}
 FLOORS = (
-    "config synthetic reviews metrics llama lora proximal rqvae trie embed journal paper lightgcn sasrec download",  # can be read alone
-    "stages semantic_ids tokens hub theory beam report checkpoint pisa",  # two things joined
-    "cumulative evaluate prepare twotower",  # the mechanism
+    "disk signals",  # the system below
+    "config synthetic reviews metrics llama lora proximal rqvae trie embed journal paper lightgcn sasrec download",  # alone
+    "stages semantic_ids tokens hub theory beam checkpoint pisa",  # two things joined
+    "cumulative evaluate prepare report keeper twotower",  # the mechanism
     "continual",
     "evorec",
     "run explain bench",  # using it
