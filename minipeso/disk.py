@@ -99,9 +99,9 @@ def _locked(path: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
+            file.close()
             raise ValueError(f"another process works in {path.parent}\n{path.name} is locked by pid "
-                             f"{file.read().strip()}\nwait until it ends, or name another --out") from None
+                             f"{path.read_text().strip()}\nwait until it ends, or name another --out") from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             break
         file.close()  # its owner removed it in between
