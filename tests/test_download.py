@@ -3,6 +3,7 @@ again offline, and every way in which it can fail."""
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from minipeso.download import PINNED, REVIEWS
+from minipeso.download import PINNED, REVIEWS, HubError, verify
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.synthetic import write_world
 from minipeso.tokens import QUESTIONS, Template
@@ -132,6 +133,41 @@ def test_again_offline_from_the_full_cache(hub, first, tmp_path):
             assert (tmp_path / f"run{k}" / name).read_bytes() == (out / name).read_bytes(), name
 
 
+def test_a_blob_may_lie_in_a_shared_store(tmp_path):
+    """huggingface_hub 2 keeps Xet files once for all repositories: blobs/<sha256> is then a link to a file named by
+    another hash. What counts is the name of the first link, and a damaged file is still found."""
+    data = b"weights"
+    sha, store = hashlib.sha256(data).hexdigest(), tmp_path / "blobs" / "ab" / ("ab" * 32)
+    store.parent.mkdir(parents=True)
+    store.write_bytes(data)
+    repo = tmp_path / "models--owner--name"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "blobs" / sha).symlink_to(f"../../blobs/ab/{store.name}")
+    file = repo / "snapshots" / ("c" * 40) / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.symlink_to(f"../../blobs/{sha}")
+    verify(file, "owner/name", file.name)
+    assert sha in (repo / "minipeso-verified.json").read_text()
+    store.write_bytes(b"weighty")
+    with pytest.raises(HubError, match="damaged") as error:
+        verify(file, "owner/name", file.name)
+    assert str(store) in str(error.value)
+
+
+def test_a_closed_gate_is_known_before_the_data_is_fetched(hub, tmp_path):
+    """Nobody waits for a gigabyte of reviews to be told that there is no token."""
+    hub.fault = {"config.json": "gated"}
+    failed(command(hub, tmp_path / "cache", tmp_path / "run"), "gated")
+    assert not [r for r in hub.requests if "Musical_Instruments" in r], hub.requests
+
+
+def test_a_cache_that_cannot_be_written(hub, tmp_path):
+    """The disk's fault is told as such, not as the network's."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "hub").write_text("a file in the cache's place")
+    failed(command(hub, tmp_path / "cache", tmp_path / "run"), "cannot be stored", "HF_HOME")
+
+
 @pytest.mark.parametrize("fault, token, words", [
     ({"config.json": "gated"}, None, ("gated", "no token was sent", "401", "unsloth/Llama-3.2-1B", "hf auth login")),
     ({"config.json": "gated"}, SECRET, ("gated", "not valid", "401")),
@@ -161,7 +197,7 @@ def test_no_network(hub, tmp_path):
     """Nothing cached and nobody answers, or offline: said at once, with the files' names, before anything is computed."""
     began = time.monotonic()
     failed(command(hub, tmp_path / "cache", tmp_path / "run", HF_ENDPOINT="http://127.0.0.1:9"), "cannot be reached",
-           "Musical_Instruments.csv")
+           "config.json")
     assert time.monotonic() - began < 15
     failed(command(hub, tmp_path / "cache", tmp_path / "run", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE", "not in the cache")
     assert not (tmp_path / "run" / "results.json").exists()
