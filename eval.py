@@ -37,6 +37,8 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a title may have letters that the terminal has not
     if args.recommend is not None or args.recommend_all or args.export_peft or args.export_merged:
         return use(args)
+    if args.stage:
+        raise UsageError(f"--stage chooses an adapter\nfound --stage {args.stage} alone\nuse it with --recommend or --export-...")
     loaded = collect(args.runs)
     runs = {name: result for name, (result, _) in loaded.items()}
     print(report.tables(runs, {name: ranks for name, (_, ranks) in loaded.items()}))

@@ -36,10 +36,11 @@ ten beams over the trie of real items, scores under the whole vocabulary.
 ```python
 import json
 import torch
+from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(folder).eval()
-about = json.load(open(f"{{folder}}/minipeso.json"))
+about = json.loads(Path(folder, "minipeso.json").read_text())
 trie, item_of = {{}}, {{}}
 for item, tokens in about["items"].items():
     item_of.setdefault(tuple(tokens), []).append(item)
@@ -52,11 +53,11 @@ def recommend(history, beams=10):
         prompt += (about["separator"] if i else []) + about["items"][item]
     prompt += about["tail"]
     found = model.generate(torch.tensor([prompt]), num_beams=beams, num_return_sequences=beams, length_penalty=0.0,
-                           prefix_allowed_tokens_fn=lambda _, ids: sorted(trie[tuple(ids[len(prompt):].tolist())]),
+                           prefix_allowed_tokens_fn=lambda _, ids: sorted(trie.get(tuple(ids[len(prompt):].tolist()), {{0}})),
                            attention_mask=torch.ones(1, len(prompt), dtype=torch.long), output_scores=True,
                            return_dict_in_generate=True)
-    return [(item_of[tuple(ids[len(prompt):].tolist())], score)
-            for ids, score in zip(found.sequences, found.sequences_scores.tolist())]
+    ends = [tuple(ids[len(prompt):].tolist()) for ids in found.sequences]
+    return [(item_of[end], score) for end, score in zip(ends, found.sequences_scores.tolist()) if end in item_of]
 ```
 {words}"""
 ADAPT = """# Adapter of {method} of minipeso after D{stage}, on {base}
@@ -138,6 +139,7 @@ def _write_model(folder: Path, run: Reopened, merged: bool) -> None:
     bos, eos = run.template.head[0], None
     if prepare.from_scratch(cfg):
         config = asdict(model.config) | {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+                                         "rope_theta": model.config.rope_parameters["rope_theta"],
                                          "max_position_embeddings": 8192}
     else:
         config = json.loads((checkpoint_folder(cfg.base, weights=False) / "config.json").read_text())
@@ -152,6 +154,7 @@ def _write_model(folder: Path, run: Reopened, merged: bool) -> None:
     for file, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / file).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     save_file(plain_tensors(model, merged), folder / "model.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read
 
 
 @torch.no_grad()

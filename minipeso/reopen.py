@@ -46,13 +46,11 @@ def reopen(folder: Path, stage: int = 0) -> Reopened:
     ids = SemanticIDs.load(root / "semantic_ids.json", cfg.codes)
     tokenizer = prepare.load_tokenizer(cfg)
     model = base_model(root, cfg, ids)
-    if cfg.first_trains == "tables" and json.loads((place / "adapter_config.json").read_text())["modules_to_save"] is None:
-        raise UsageError(f"{place} is no whole model\nembedding and head were trained at D1 (--first-trains tables) and are not "
-                         "in the later adapters\nchoose --stage 1, or run with --later-trains tables")
-    if cfg.first_trains == "tables":  # they are part of the adapter then
+    if cfg.first_trains == "tables":
+        if stage > 1 and cfg.later_trains != "tables":
+            raise UsageError(f"{place} is no whole model\nembedding and head were trained at D1 (--first-trains tables) and are "
+                             "not in the later adapters\nchoose --stage 1, or run with --later-trains tables")
         model.untie()
-        for table in (model.model.embed_tokens, model.lm_head):
-            table.weight.requires_grad_(True)
     load_peft(model, place)
     return Reopened(cfg, data, ids, prepare.make_template(cfg, ids, tokenizer), tokenizer, model.eval(), stage)
 
@@ -84,9 +82,9 @@ def adapter_folder(folder: Path, stage: int = 0) -> tuple[Path, int]:
                                                    for p in folder.glob("adapters/stage-*")}
     there = sorted(t for t, place in places.items() if (place / "adapter_config.json").is_file())
     if not there or stage and stage not in there:
+        remedy = "choose one of them" if there else "pass a run of an LLM method that came to its end"
         raise UsageError(f"no adapter of {f'D{stage}' if stage else 'any stage'} in {folder}\n"
-                         f"there are {', '.join(f'D{t}' for t in there) or 'none'}\n"
-                         "choose one of them" if there else "pass a run of an LLM method that came to its end")
+                         f"there are {', '.join(f'D{t}' for t in there) or 'none'}\n{remedy}")
     return places[stage or there[-1]], stage or there[-1]
 
 

@@ -12,15 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
 from minipeso.download import PINNED, REVIEWS, HubError, verify
-from minipeso.llama import Llama, LlamaConfig
 from minipeso.synthetic import write_world
 from minipeso.tokens import QUESTIONS, Template
 from tests.loopback import Hub
+from tests.micro import llama_checkpoint
 
 ROOT = Path(__file__).parents[1]
 BASE = "meta-llama/Llama-3.2-1B"
@@ -29,34 +27,13 @@ CUT = ["--levels", "2", "--codes", "8", "--latent", "4", "--rqvae-hidden", "16",
        "--batch", "16", "--threads", "1", "--compare", "single", "--stages", "3"]
 
 
-def llama_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE with Llama 3's special tokens behind it, trained on `texts`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                                             show_progress=False))
-    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", tokenizer.token_to_id("<|begin_of_text|>"))])
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A toy Llama under the official name, and a CSV with its metadata under the data set's."""
     root = tmp_path_factory.mktemp("hub")
     world = write_world(root / "world", 90, 60, 0.5, 0)
     folder, data = root / BASE, root / "datasets" / REVIEWS
-    folder.mkdir(parents=True)
-    tokenizer = llama_tokenizer([*QUESTIONS.values(), *(p.read_text() for p in world.glob("meta_*.jsonl"))])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    shape = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                 num_attention_heads=2, num_key_value_heads=1, head_dim=8, rms_norm_eps=1e-5, tie_word_embeddings=True,
-                 rope_theta=500000.0, rope_scaling=None)
-    (folder / "config.json").write_text(json.dumps(shape))
-    model = Llama(LlamaConfig.from_dict(shape)).initialise(torch.Generator().manual_seed(0), std=0.3)
-    save_file({name: p.detach().bfloat16() for name, p in model.named_parameters()}, folder / "model.safetensors")
+    llama_checkpoint(folder, [*QUESTIONS.values(), *(p.read_text() for p in world.glob("meta_*.jsonl"))])
     (folder / "original").mkdir()
     (folder / "original" / "consolidated.00.pth").write_bytes(b"not to be fetched")
     for part in ("benchmark/0core/rating_only", "raw/meta_categories"):
