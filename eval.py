@@ -3,6 +3,8 @@
     python eval.py RUN [RUN ...]            Hit@10 per stage, all metrics averaged, differences with intervals
     python eval.py RUN RUN --json F --csv F the same numbers for a program
     python eval.py RUN RUN --plot F.png     Hit@10 over the stages (needs matplotlib: pip install -e '.[plot]')
+    python eval.py RUN --recommend USER     a user's history, and ten titles with scores; --recommend-all F.jsonl: everybody's
+    python eval.py RUN --export-merged DIR  a plain Hugging Face folder; --export-peft DIR: the adapter for peft
 
 A run folder is what train.py --out left; the methods it was compared with lie inside it and are shown too.
 """
@@ -10,18 +12,33 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
+from functools import partial
 from pathlib import Path
 
 from minipeso import report
 from minipeso.config import UsageError, guard
+from minipeso.export import export_merged, export_peft
+from minipeso.journal import counter
+from minipeso.recommend import histories, recommend, recommend_all
+from minipeso.reopen import reopen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    for kind in ("json", "csv", "plot"):
+    for kind in ("json", "csv", "plot", "recommend-all"):
         parser.add_argument(f"--{kind}", type=Path, metavar="FILE")
+    for kind in ("export-peft", "export-merged"):
+        parser.add_argument(f"--{kind}", type=Path, metavar="DIR")
+    parser.add_argument("--recommend", metavar="USER")
+    parser.add_argument("--stage", type=int, default=0, help="whose adapter to use; the last if not given")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a title may have letters that the terminal has not
+    if args.recommend is not None or args.recommend_all or args.export_peft or args.export_merged:
+        return use(args)
+    if args.stage:
+        raise UsageError(f"--stage chooses an adapter\nfound --stage {args.stage} alone\nuse it with --recommend or --export-...")
     loaded = collect(args.runs)
     runs = {name: result for name, (result, _) in loaded.items()}
     print(report.tables(runs, {name: ranks for name, (_, ranks) in loaded.items()}))
@@ -31,6 +48,23 @@ def main() -> None:
         write_csv(args.csv, runs)
     if args.plot:
         plot(args.plot, runs)
+
+
+def use(args: argparse.Namespace) -> None:
+    """One run's model at one stage: recommendations and exports."""
+    if len(args.runs) > 1:
+        raise UsageError(f"one run at a time\nfound {len(args.runs)}\npass the one whose model is to be used")
+    run = reopen(args.runs[0], args.stage)
+    if args.recommend is not None:
+        print(recommend(run, args.recommend))
+    if args.recommend_all:
+        bar = counter("recommend", len(histories(run)), "user")
+        print(f"{recommend_all(run, args.recommend_all, bar):,} users, {args.recommend_all}")
+    for write, target in ((partial(export_peft, run, args.runs[0]), args.export_peft),
+                          (partial(export_merged, run), args.export_merged)):
+        if target:
+            write(target)
+            print(f"{run.cfg.method} after D{run.stage}: {target}")
 
 
 def collect(folders: list[Path]) -> dict[str, tuple[dict, dict]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -54,10 +55,15 @@ def fetch(repo: str, names: Sequence[str], kind: str = "model") -> list[Path]:
     return paths
 
 
+def fetch_small(repo: str) -> Path:
+    """The folder with a checkpoint's config and tokenizer: whether the gate is open is known with them."""
+    return fetch(repo, ["config.json", "tokenizer.json"])[0].parent
+
+
 def fetch_checkpoint(repo: str) -> Path:
     """The folder of a Llama checkpoint: config, tokenizer, and model.safetensors or its shards; nothing else of
     the repository (Meta's own files would be as large again)."""
-    folder = fetch(repo, ["config.json", "tokenizer.json"])[0].parent
+    folder = fetch_small(repo)
     try:
         fetch(repo, ["model.safetensors"])
     except NoSuchFile:
@@ -110,8 +116,9 @@ def _try(name: str, where: dict, request: Callable):
     except HfHubHTTPError as error:
         raise HubError(_refused(repo, name, error)) from error
     except Exception as error:  # the transport's own classes: no name, no route, timed out, cut off
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's, not the network's
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the network's
+            raise HubError(f"{repo}: {name} cannot be stored\n{_plain(error)}\n"
+                           f"{constants.HF_HUB_CACHE} must be writable and have room, or set HF_HOME to a folder that is") from error
         raise HubError(f"the Hub cannot be reached for {repo}: {name}\n{_plain(error)}\nconnect and run the same command "
                        "again, or pass a folder that holds the files") from error
 
@@ -151,7 +158,9 @@ def verify(path: Path, repo: str, name: str) -> None:
 
     The result is remembered beside the cache's blobs. HubError if they differ; the file is left for a look.
     """
-    blob = path.resolve()
+    if not path.is_symlink():
+        return  # a cache without links does not tell the hash
+    blob = path.parent / os.readlink(path)  # one link only: a blob may itself be one, into a store with other names
     if not re.fullmatch("[0-9a-f]{64}", blob.name):
         return  # a small file, known by another hash; its reader looks at every field
     record = blob.parent.parent / "minipeso-verified.json"
@@ -166,5 +175,8 @@ def verify(path: Path, repo: str, name: str) -> None:
     found = digest.hexdigest()
     if found != blob.name:
         raise HubError(f"{repo}: {name} is damaged\nSHA-256 {found[:16]} of {stat.st_size:,} bytes, the Hub has "
-                       f"{blob.name[:16]}\ndelete {blob} and run again")
-    record.write_text(json.dumps(known | {blob.name: [stat.st_size, stat.st_mtime_ns]}))
+                       f"{blob.name[:16]}\ndelete {blob.resolve()} and run again")
+    if os.access(record.parent, os.W_OK):  # a shared, read-only cache is looked at every time
+        part = record.with_name(f"{record.name}.{os.getpid()}")
+        part.write_text(json.dumps(known | {blob.name: [stat.st_size, stat.st_mtime_ns]}))
+        os.replace(part, record)

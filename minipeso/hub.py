@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minipeso.download import fetch_checkpoint
+from minipeso.download import fetch_checkpoint, fetch_small
 from minipeso.llama import Llama, LlamaConfig, Rotary
 
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -42,15 +42,16 @@ def load_llama(name_or_path: str | Path, dtype: torch.dtype = torch.float32, dev
     return model
 
 
-def checkpoint_folder(name_or_path: str | Path) -> Path:
-    """The folder itself, or that of the Hub repository "owner/name" in the cache, downloaded if need be."""
+def checkpoint_folder(name_or_path: str | Path, weights: bool = True) -> Path:
+    """The folder itself, or that of the Hub repository "owner/name" in the cache, downloaded if need be (without
+    its weights only config and tokenizer)."""
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
         raise FileNotFoundError(f"no folder {folder} with a Llama checkpoint\nand no name of a Hub repository\n"
                                 "pass a folder with config.json, tokenizer.json and model.safetensors, or owner/name")
-    return fetch_checkpoint(str(name_or_path))
+    return (fetch_checkpoint if weights else fetch_small)(str(name_or_path))
 
 
 def read_config(folder: str | Path) -> LlamaConfig:

@@ -184,6 +184,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> None:
     config, tensors = _read(folder)
     if not any(True for _ in adapters(model)):
         inject(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), config["target_modules"])
+        for name, table in _tables(model):  # what is trained whole is stored whole
+            table.weight.requires_grad_(name.rpartition(".")[2] in (config.get("modules_to_save") or ()))
     places = _places(model, own=True)
     wrong = sorted(places.keys() ^ tensors.keys())
     wrong += [k for k in places if k in tensors and _shape(places[k]) != tuple(tensors[k].shape)]

@@ -136,10 +136,16 @@ def from_scratch(cfg: Config) -> bool:
     return cfg.base in BASES
 
 
+def open_gate(cfg: Config) -> None:
+    """Fetches the base's small files: a closed gate is known now, not after hours with the data."""
+    if not from_scratch(cfg):
+        checkpoint_folder(cfg.base, weights=False)
+
+
 def llama_config(cfg: Config) -> LlamaConfig:
     """The shape of cfg.base; a base from scratch knows one word, <bos>, besides the codes."""
     if not from_scratch(cfg):
-        return read_config(checkpoint_folder(cfg.base))
+        return read_config(checkpoint_folder(cfg.base, weights=False))
     if cfg.heads < 1 or cfg.kv_heads < 1 or cfg.hidden % cfg.heads or cfg.heads % cfg.kv_heads:
         raise UsageError(f"the base's shape does not divide\nfound --hidden {cfg.hidden} --heads {cfg.heads} "
                          f"--kv-heads {cfg.kv_heads}\nlet hidden be a multiple of heads, and heads one of kv-heads")
@@ -169,7 +175,7 @@ def load_model(cfg: Config) -> Llama:
 def load_tokenizer(cfg: Config) -> Tokenizer | None:
     if from_scratch(cfg):
         return None
-    folder = checkpoint_folder(cfg.base)
+    folder = checkpoint_folder(cfg.base, weights=False)
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing\nthe prompt is text and needs it\ndownload the checkpoint again")

@@ -90,6 +90,7 @@ def two_towers(cfg: Config) -> tuple[prepare.Dataset, dict[str, dict[str, Tensor
 def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
     """Data, semantic IDs, prompts, and the base model with a new adapter."""
     out, clock = Path(cfg.out), Clock()
+    prepare.open_gate(cfg)
     data, stats = load(cfg)
     clock("data")
 

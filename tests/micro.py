@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import train
 from minipeso import config
@@ -85,6 +85,33 @@ def checkpoint(folder: Path, seed: int = 0, words: int = WORDS) -> Path:
     (folder / "config.json").write_text(json.dumps(shape))
     model = Llama(LlamaConfig.from_dict(shape)).initialise(torch.Generator().manual_seed(seed), std=0.3)
     save_file({name: p.detach() for name, p in model.named_parameters()}, folder / "model.safetensors")
+    return folder
+
+
+def llama_tokenizer(texts: list[str]) -> Tokenizer:
+    """Byte-level BPE with Llama 3's special tokens behind it, trained on `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                                             show_progress=False))
+    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", tokenizer.token_to_id("<|begin_of_text|>"))])
+    return tokenizer
+
+
+def llama_checkpoint(folder: Path, texts: list[str], dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A random Llama with such a tokenizer, in the Hub's layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = llama_tokenizer(texts)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    shape = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                 num_attention_heads=2, num_key_value_heads=1, head_dim=8, rms_norm_eps=1e-5, tie_word_embeddings=True,
+                 rope_theta=500000.0, rope_scaling=None, model_type="llama", max_position_embeddings=4096)
+    (folder / "config.json").write_text(json.dumps(shape))
+    model = Llama(LlamaConfig.from_dict(shape)).initialise(torch.Generator().manual_seed(0), std=0.3)
+    save_file({name: p.detach().to(dtype) for name, p in model.named_parameters()}, folder / "model.safetensors")
     return folder
 
 

@@ -3,6 +3,7 @@ again offline, and every way in which it can fail."""
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -11,15 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
-from minipeso.download import PINNED, REVIEWS
-from minipeso.llama import Llama, LlamaConfig
+from minipeso.download import PINNED, REVIEWS, HubError, verify
 from minipeso.synthetic import write_world
 from minipeso.tokens import QUESTIONS, Template
 from tests.loopback import Hub
+from tests.micro import llama_checkpoint
 
 ROOT = Path(__file__).parents[1]
 BASE = "meta-llama/Llama-3.2-1B"
@@ -28,34 +27,13 @@ CUT = ["--levels", "2", "--codes", "8", "--latent", "4", "--rqvae-hidden", "16",
        "--batch", "16", "--threads", "1", "--compare", "single", "--stages", "3"]
 
 
-def llama_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE with Llama 3's special tokens behind it, trained on `texts`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                                             show_progress=False))
-    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", tokenizer.token_to_id("<|begin_of_text|>"))])
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A toy Llama under the official name, and a CSV with its metadata under the data set's."""
     root = tmp_path_factory.mktemp("hub")
     world = write_world(root / "world", 90, 60, 0.5, 0)
     folder, data = root / BASE, root / "datasets" / REVIEWS
-    folder.mkdir(parents=True)
-    tokenizer = llama_tokenizer([*QUESTIONS.values(), *(p.read_text() for p in world.glob("meta_*.jsonl"))])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    shape = dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                 num_attention_heads=2, num_key_value_heads=1, head_dim=8, rms_norm_eps=1e-5, tie_word_embeddings=True,
-                 rope_theta=500000.0, rope_scaling=None)
-    (folder / "config.json").write_text(json.dumps(shape))
-    model = Llama(LlamaConfig.from_dict(shape)).initialise(torch.Generator().manual_seed(0), std=0.3)
-    save_file({name: p.detach().bfloat16() for name, p in model.named_parameters()}, folder / "model.safetensors")
+    llama_checkpoint(folder, [*QUESTIONS.values(), *(p.read_text() for p in world.glob("meta_*.jsonl"))])
     (folder / "original").mkdir()
     (folder / "original" / "consolidated.00.pth").write_bytes(b"not to be fetched")
     for part in ("benchmark/0core/rating_only", "raw/meta_categories"):
@@ -132,6 +110,41 @@ def test_again_offline_from_the_full_cache(hub, first, tmp_path):
             assert (tmp_path / f"run{k}" / name).read_bytes() == (out / name).read_bytes(), name
 
 
+def test_a_blob_may_lie_in_a_shared_store(tmp_path):
+    """huggingface_hub 2 keeps Xet files once for all repositories: blobs/<sha256> is then a link to a file named by
+    another hash. What counts is the name of the first link, and a damaged file is still found."""
+    data = b"weights"
+    sha, store = hashlib.sha256(data).hexdigest(), tmp_path / "blobs" / "ab" / ("ab" * 32)
+    store.parent.mkdir(parents=True)
+    store.write_bytes(data)
+    repo = tmp_path / "models--owner--name"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "blobs" / sha).symlink_to(f"../../blobs/ab/{store.name}")
+    file = repo / "snapshots" / ("c" * 40) / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.symlink_to(f"../../blobs/{sha}")
+    verify(file, "owner/name", file.name)
+    assert sha in (repo / "minipeso-verified.json").read_text()
+    store.write_bytes(b"weighty")
+    with pytest.raises(HubError, match="damaged") as error:
+        verify(file, "owner/name", file.name)
+    assert str(store) in str(error.value)
+
+
+def test_a_closed_gate_is_known_before_the_data_is_fetched(hub, tmp_path):
+    """Nobody waits for a gigabyte of reviews to be told that there is no token."""
+    hub.fault = {"config.json": "gated"}
+    failed(command(hub, tmp_path / "cache", tmp_path / "run"), "gated")
+    assert not [r for r in hub.requests if "Musical_Instruments" in r], hub.requests
+
+
+def test_a_cache_that_cannot_be_written(hub, tmp_path):
+    """The disk's fault is told as such, not as the network's."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "hub").write_text("a file in the cache's place")
+    failed(command(hub, tmp_path / "cache", tmp_path / "run"), "cannot be stored", "HF_HOME")
+
+
 @pytest.mark.parametrize("fault, token, words", [
     ({"config.json": "gated"}, None, ("gated", "no token was sent", "401", "unsloth/Llama-3.2-1B", "hf auth login")),
     ({"config.json": "gated"}, SECRET, ("gated", "not valid", "401")),
@@ -161,7 +174,7 @@ def test_no_network(hub, tmp_path):
     """Nothing cached and nobody answers, or offline: said at once, with the files' names, before anything is computed."""
     began = time.monotonic()
     failed(command(hub, tmp_path / "cache", tmp_path / "run", HF_ENDPOINT="http://127.0.0.1:9"), "cannot be reached",
-           "Musical_Instruments.csv")
+           "config.json")
     assert time.monotonic() - began < 15
     failed(command(hub, tmp_path / "cache", tmp_path / "run", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE", "not in the cache")
     assert not (tmp_path / "run" / "results.json").exists()

@@ -16,8 +16,8 @@ FLOORS = (
     "config synthetic reviews metrics llama lora proximal rqvae trie embed journal paper lightgcn sasrec download",  # alone
     "stages semantic_ids tokens hub theory beam checkpoint pisa",  # two things joined
     "cumulative evaluate prepare report keeper twotower",  # the mechanism
-    "continual",
-    "evorec",
+    "continual reopen",
+    "evorec recommend export",
     "run explain bench",  # using it
     "cells", "scores", "experiments",
 )
