@@ -187,11 +187,11 @@ def test_a_kill_while_ranking_does_not_train_again(whole, tmp_path, monkeypatch)
     monkeypatch.setattr(keeper, "SHARE", float("inf"))
     ranks, asked = train.learn_later.__globals__["rank_users"], []
 
-    def dies(made, t):
+    def dies(made, t, *rest):
         asked.append(t)
         if asked == [1, 2, 3, 2, 3]:
             raise Killed
-        return ranks(made, t)
+        return ranks(made, t, *rest)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("minipeso.run.rank_users", dies)
         run(micro(tmp_path))
