@@ -42,7 +42,7 @@ def fetch(repo: str, names: Sequence[str], kind: str = "model") -> list[Path]:
 
     HubError says which of gate, token, name, server, network or disk is in the way. No token is ever shown.
     """
-    where = {"repo_id": repo, "revision": PINNED.get(repo), "repo_type": kind}
+    where = _where(repo, kind)
     missing = [name for name in names if not _cached(name, where)]
     if missing:
         sizes = [_ask(name, where) for name in missing]
@@ -53,6 +53,16 @@ def fetch(repo: str, names: Sequence[str], kind: str = "model") -> list[Path]:
     for path, name in zip(paths, names, strict=True):
         verify(path, repo, name)
     return paths
+
+
+def cached(repo: str, name: str, kind: str = "model") -> Path | None:
+    """The file in the cache; None if it is not there. Asks nobody."""
+    return _cached(name, _where(repo, kind))
+
+
+def can_fetch(repo: str, name: str, kind: str = "model") -> None:
+    """HubError if the file could not be downloaded now; downloads nothing."""
+    _ask(name, _where(repo, kind))
 
 
 def fetch_small(repo: str) -> Path:
@@ -72,11 +82,19 @@ def fetch_checkpoint(repo: str) -> Path:
     return folder
 
 
-def fetch_reviews(category: str) -> tuple[Path, Path]:
-    """(ratings, metadata) of a category of Amazon Reviews 2023: the 0core CSV, from which only doubles are gone,
+def reviews_files(category: str) -> list[str]:
+    """Ratings and metadata of a category of Amazon Reviews 2023: the 0core CSV, from which only doubles are gone,
     for PESO filters users per stage; and the items' texts. For Musical_Instruments 0.17 + 0.63 GB."""
-    return tuple(fetch(REVIEWS, [f"benchmark/0core/rating_only/{category}.csv",
-                                 f"raw/meta_categories/meta_{category}.jsonl"], "dataset"))
+    return [f"benchmark/0core/rating_only/{category}.csv", f"raw/meta_categories/meta_{category}.jsonl"]
+
+
+def fetch_reviews(category: str) -> tuple[Path, Path]:
+    """(ratings, metadata) of a category."""
+    return tuple(fetch(REVIEWS, reviews_files(category), "dataset"))
+
+
+def _where(repo: str, kind: str) -> dict:
+    return {"repo_id": repo, "revision": PINNED.get(repo), "repo_type": kind}
 
 
 def _cached(name: str, where: dict) -> Path | None:

@@ -34,7 +34,7 @@ def find_user(run: Reopened, name: str, known: dict[int, list[int]]) -> int:
     """The user's number by the source's name; UsageError suggests the nearest."""
     users = {name_of(run, user): user for user in known}
     if name not in users:
-        near = difflib.get_close_matches(name, users, n=1, cutoff=0.6) or list(users)[:3]
+        near = difflib.get_close_matches(name, users, n=3, cutoff=0.6) or list(users)[:3]
         raise UsageError(f"no user {name!r} in D1 .. D{run.stage}\n{len(users):,} users have at least {run.cfg.min_events} "
                          f"items in one of these stages\nfor example {', '.join(near)}")
     return users[name]

@@ -19,7 +19,7 @@ FLOORS = (
     "continual reopen",
     "evorec recommend export",
     "run explain bench",  # using it
-    "cells", "scores", "experiments",
+    "cells doctor", "scores", "experiments",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 EXTRAS = {"transformers", "peft", "scipy", "matplotlib", "pytest", "hypothesis"}
@@ -94,12 +94,12 @@ def test_functions_are_short(module):
 
 
 def test_files_are_short():
-    """A file has at most 300 lines, train.py 180, the package 5,600 that are not blank."""
+    """A file has at most 300 lines, train.py 180, the package 5,900 that are not blank."""
     lines = {name: len(path.read_text().splitlines()) for name, path in (FILES | SCRIPTS).items()}
     too_long = {name: n for name, n in lines.items() if n > (180 if name == "train" else 300)}
     assert not too_long, too_long
     filled = sum(bool(line.strip()) for path in FILES.values() for line in path.read_text().splitlines())
-    assert filled <= 5600, filled
+    assert filled <= 5900, filled
 
 
 def test_every_file_says_what_it_is(module):
