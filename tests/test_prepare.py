@@ -262,7 +262,7 @@ def notes(folder: Path, rows: list[dict], metas: list[str]) -> list[str]:
     (folder / "data").mkdir(exist_ok=True)
     (folder / "data" / "C.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "data" / "meta_C.jsonl").write_text("".join(meta + "\n" for meta in metas))
-    return load_dataset(micro(folder, dataset=str(folder / "data"), stages=2), folder).notes
+    return prepare.load_dataset(micro(folder, dataset=str(folder / "data"), stages=2), folder).notes
 
 
 def test_bad_metadata_rows_are_counted(tmp_path):
