@@ -140,7 +140,7 @@ def consistency(model: Llama, users: list[Example], template: Template, cfg: Con
     step; x runs over the answer's positions. Original: in the code, switched off (use_kl=False)."""
     order = torch.randperm(len(users), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
     groups = [collate(rows([users[i] for i in order[k:k + cfg.batch]], template), model.device)
-              for k in range(0, min(len(order), 8 * cfg.batch), cfg.batch)]  # ours: 8 batches, in turn
+              for k in range(0, min(len(order), 8 * cfg.batch), cfg.batch)]  # ours: one of 8 batches a step
     if not groups:
         return lambda model: model.model.norm.weight.new_zeros(())
 
@@ -149,9 +149,8 @@ def consistency(model: Llama, users: list[Example], template: Template, cfg: Con
     model.eval()
     with torch.no_grad():
         old = [log_p(batch).exp() for batch in groups]
-    turn = iter(range(10**9))
 
     def term(model: Llama) -> Tensor:
-        k = next(turn) % len(groups)
+        k = int(torch.randint(len(groups), ()))  # from dropout's source, whose state a checkpoint keeps
         return -cfg.evo_consistency * (old[k] * log_p(groups[k])).sum(-1).mean()
     return term

@@ -111,10 +111,15 @@ def _from_reviews(cfg: Config, ratings: Path, meta: Path) -> Dataset:
     stages = [Stage(s.number, *({u: [number[i] for i in items] for u, items in part.items()}
                                 for part in (s.history, s.current))) for s in stages]
     keys = [events.items[i] for i in kept]
-    fields = read_items(meta, set(keys))
+    bad_items = {}
+    fields = read_items(meta, set(keys), bad_items)
     notes = [f"{len(events.time):,} interactions read", f"{events.duplicates:,} repeated (user, item) rows dropped",
              f"{len(keys) - len(fields):,} of {len(keys):,} items without metadata: named by their key"]
-    notes += [f"{count:,} rows skipped: {reason}" for reason, count in sorted(events.bad.items())]
+    notes += [f"{count:,} {what}rows skipped: {reason}" for what, bad in (("", events.bad), ("metadata ", bad_items))
+              for reason, count in sorted(bad.items())]
+    if events.core >= 5:
+        notes.append(f"warning: every user and item has {events.core} events or more, as in the Hub's 5core files; PESO "
+                     "filters per stage: use the 0core file")
     return Dataset(stages, [], keys, [item_text(fields.get(key, {}), key) for key in keys], None, notes,
                    ratings, events.users)
 

@@ -55,6 +55,7 @@ class Interactions:
     items: list[str]
     bad: dict[str, int] = field(default_factory=dict)
     duplicates: int = 0
+    core: int = 0  # the events of the user or item with the fewest, before the span is cut out
 
 
 def day(ms: int) -> str:
@@ -212,9 +213,8 @@ def read_reviews(path: str | Path, start: int | None = None,
     Errors: ValueError (over 1 % bad, times in seconds, nothing in the span), FileNotFoundError.
     """
     path = find_one(path, REVIEW_FILES, "review file")
-    lines, parse, bad = read_lines(path), _json_review, {}
-    if ".csv" in path.suffixes[-2:]:
-        parse = _csv_review(path, next(lines, (1, ""))[1])
+    lines, bad = read_lines(path), {}
+    parse = _csv_review(path, next(lines, (1, ""))[1]) if ".csv" in path.suffixes[-2:] else _json_review
     user_ids, item_ids = {}, {}
     user, item, time = array("q"), array("q"), array("q")
     for user_key, item_key, ms in _parsed(path, lines, parse, bad):
@@ -227,8 +227,9 @@ def read_reviews(path: str | Path, start: int | None = None,
     user, users = _sorted_keys(spanned[0], list(user_ids))
     item, items = _sorted_keys(spanned[1], list(item_ids))
     order = np.lexsort((item, user, spanned[2]))
-    return Interactions(user[order], item[order], spanned[2][order], users, items,
-                        bad, events.shape[1] - kept.shape[1])
+    core = min(int(np.bincount(kept[axis]).min()) for axis in (0, 1))
+    return Interactions(user[order], item[order], spanned[2][order], users, items, bad,
+                        events.shape[1] - kept.shape[1], core)
 
 
 def _earliest(events: np.ndarray) -> np.ndarray:
@@ -259,15 +260,14 @@ def _sorted_keys(codes: np.ndarray, keys: list[str]) -> tuple[np.ndarray, list[s
     return rank[codes], [keys[k] for k in order]
 
 
-def read_items(path: str | Path, keep: set[str] | None = None) -> dict[str, dict]:
+def read_items(path: str | Path, keep: set[str] | None = None, bad: dict[str, int] | None = None) -> dict[str, dict]:
     """{item key: title, store, categories, description as the file has them} of meta_C.jsonl[.gz].
-
-    Only keys in `keep`, where given. Any field may be absent, None or of an odd type: show names
-    through `item_text`. Two lines for one key keep the same one whatever their order.
+    Only keys in `keep`, where given; rows skipped are counted in `bad`. Any field may be absent, None or of
+    an odd type: show names through `item_text`. Two lines for one key keep the same one whatever their order.
     """
     path = find_one(path, META_FILES, "metadata file")
     items: dict[str, dict] = {}
-    for key, fields in _parsed(path, read_lines(path), _json_item, {}):
+    for key, fields in _parsed(path, read_lines(path), _json_item, {} if bad is None else bad):
         if keep is not None and key not in keep:
             continue
         if key not in items or repr(items[key]) < repr(fields):

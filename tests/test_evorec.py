@@ -152,7 +152,7 @@ def test_inactive_users_are_the_earlier_ones(ready):
 def test_consistency_is_the_soft_cross_entropy(ready):
     """mu times the mean over answer tokens of -p_old . log p_new: at the start the old model's entropy, with no gradient
     but the entropy's minimum; larger once the adapter has moved."""
-    now = fresh(ready, evo_consistency=2.0)
+    now = fresh(ready, evo_consistency=2.0, batch=512)  # one batch: every step's
     users = inactive(now.data.stages[:2])
     term = evorec.consistency(now.model, users, now.template, now.cfg)
     start = term(now.model)

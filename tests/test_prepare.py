@@ -254,3 +254,31 @@ def test_item_vectors_come_from_the_model_that_has_words(tmp_path, monkeypatch):
     prepare.semantic_ids(micro(tmp_path, base=cfg.base, prompt="paper", text_width=7), data, model, tokenizer)
     prepare.semantic_ids(micro(tmp_path, text_width=9), data, None, None)
     assert [v.shape[1] for v in seen[1:]] == [7, 9]
+
+
+# -- what the notes tell of the rows ----------------------------------------------------------------
+
+def notes(folder: Path, rows: list[dict], metas: list[str]) -> list[str]:
+    (folder / "data").mkdir(exist_ok=True)
+    (folder / "data" / "C.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "data" / "meta_C.jsonl").write_text("".join(meta + "\n" for meta in metas))
+    return prepare.load_dataset(micro(folder, dataset=str(folder / "data"), stages=2), folder).notes
+
+
+def test_bad_metadata_rows_are_counted(tmp_path):
+    """As those of the reviews are: by reason, in what stats.md says."""
+    rows = [{"user_id": f"u{u}", "parent_asin": f"i{k}", "timestamp": 10**12 + 10**6 * k + u} for u in range(9) for k in range(9)]
+    good = [json.dumps({"parent_asin": f"i{k}", "title": f"item {k}"}) for k in range(400)]
+    clean, bad = notes(tmp_path, rows, good), notes(tmp_path, rows, [*good, "{", '{"title": "no key"}', "{"])
+    assert [note for note in bad if note not in clean] == [
+        "2 metadata rows skipped: malformed JSON", "1 metadata rows skipped: parent_asin missing, empty or not a text"]
+
+
+@pytest.mark.parametrize("fewest", [4, 5])
+def test_a_5core_file_is_noticed(fewest, tmp_path):
+    """Where every user and item has five events or more somebody has filtered already: a warning, for PESO filters per
+    stage; one user with four, and there is none."""
+    rows = [{"user_id": f"u{u}", "parent_asin": f"i{k}", "timestamp": 10**12 + 10**6 * k + u} for u in range(9) for k in range(9)
+            if u or k < fewest]
+    found = notes(tmp_path, rows, [json.dumps({"parent_asin": "i0", "title": "item"})])
+    assert any("5core" in note for note in found) == (fewest == 5), found
