@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -476,13 +477,17 @@ def test_nan_stops_before_the_step_and_leaves_the_last_good_state(halfway, capsy
 
 @contextlib.contextmanager
 def files_up_to(size: int):
-    """A disk on which no file can grow beyond `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
+    """A disk on which no file can grow beyond `size` bytes: what is more does not reach it."""
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        if stat.S_ISREG(os.fstat(handle).st_mode) and os.fstat(handle).st_size > size:
+            os.truncate(handle, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
@@ -500,7 +505,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
 def test_a_full_disk_is_code_5_and_the_run_goes_on_later(halfway, whole_of_halfway, capsys, monkeypatch):
     """No space for the next checkpoint: three lines; with space again the result is the uninterrupted run's."""
-    with files_up_to(30_000):
+    with files_up_to(3_000):
         code, message = fails(lambda: run(micro(halfway, batch=2, resume=True)), capsys, monkeypatch)
     assert code == 5 and len(message) == 3, message
     assert not list(halfway.rglob(".*.part-*"))
