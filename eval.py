@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +33,6 @@ def main() -> None:
     parser.add_argument("--recommend", metavar="USER")
     parser.add_argument("--stage", type=int, default=0, help="whose adapter to use; the last if not given")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # a title may have letters that the terminal has not
     if args.recommend is not None or args.recommend_all or args.export_peft or args.export_merged:
         return use(args)
     if args.stage:

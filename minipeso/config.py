@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import io
 import sys
 import typing
 from collections.abc import Callable
@@ -283,6 +284,9 @@ EXIT_CODES = ((FloatingPointError, 4), (FileNotFoundError, 2), (ValueError, 2), 
 def guard(main: Callable[[], None]) -> None:
     """main(); what goes wrong becomes three lines and an exit code: 2 usage or data, 3 checkpoints,
     4 numbers, 5 environment, 130 Ctrl-C. With --debug on the command line, a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without a title's letters, or the table's ±
     try:
         main()
     except KeyboardInterrupt:

@@ -73,12 +73,15 @@ def fetch_small(repo: str) -> Path:
 def fetch_checkpoint(repo: str) -> Path:
     """The folder of a Llama checkpoint: config, tokenizer, and model.safetensors or its shards; nothing else of
     the repository (Meta's own files would be as large again)."""
-    folder = fetch_small(repo)
-    try:
-        fetch(repo, ["model.safetensors"])
-    except NoSuchFile:
-        index = fetch(repo, ["model.safetensors.index.json"])[0]
-        fetch(repo, sorted(set(json.loads(index.read_text())["weight_map"].values())))
+    folder, index = fetch_small(repo), "model.safetensors.index.json"
+    if not cached(repo, index):  # else it is in shards: the Hub need not be asked for the single file again
+        try:
+            fetch(repo, ["model.safetensors"])
+            return folder
+        except NoSuchFile:
+            fetch(repo, [index])
+    named = re.findall(r'"(model-\d{5}-of-\d{5}\.safetensors)"', (folder / index).read_text())
+    fetch(repo, sorted(set(named)))  # no other name is asked for; hub.weight_files refuses it, and a broken index
     return folder
 
 

@@ -8,9 +8,11 @@ import torch
 
 from minipeso import prepare
 from minipeso.beam import beam_search
-from minipeso.config import CATEGORIES, Config
+from minipeso.config import Config
 from minipeso.continual import answer_loss
+from minipeso.download import REVIEWS, cached, reviews_files
 from minipeso.evaluate import Ranker
+from minipeso.hub import folder_at_hand, read_config
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.lora import adapter_parameters, inject
 from minipeso.reviews import dataset_schema
@@ -47,8 +49,9 @@ def dry_run(cfg: Config) -> None:
     trained = lora + {"adapter": 0, "rows": rows, "tables": 2 * rows + whole}[cfg.first_trains]
     print(f"\nparameters: {total:,}; adapter {lora:,}; trained at D1 {trained:,}")
     steps = [cfg.epochs * math.ceil((events - 2 * users) / cfg.batch) for users, events in sizes]
-    print("steps of", cfg.batch, "pairs:", ", ".join(f"D{t} {n:,}" for t, n in enumerate(steps, start=1)),
-          "for each of", ", ".join(cfg.methods), "(D1 once for all)")
+    if steps:
+        print("steps of", cfg.batch, "pairs:", ", ".join(f"D{t} {n:,}" for t, n in enumerate(steps, start=1)),
+              "for each of", ", ".join(cfg.methods), "(D1 once for all)")
     width = 2 if cfg.device == "cuda" or cfg.dtype == "bfloat16" else 4
     state = total * width + trained * 16 + lora * 4  # weights; value, gradient, two moments; anchor
     print(f"memory before activations: {state / 1e9:.2f} GB ({width}-byte weights, 16 bytes a trained parameter)")
@@ -57,10 +60,9 @@ def dry_run(cfg: Config) -> None:
 
 def _files(cfg: Config) -> str:
     lines = []
-    if cfg.dataset in CATEGORIES:
-        category = CATEGORIES[cfg.dataset]
-        lines += [f"McAuley-Lab/Amazon-Reviews-2023  benchmark/0core/rating_only/{category}.csv",
-                  f"McAuley-Lab/Amazon-Reviews-2023  raw/meta_categories/meta_{category}.jsonl"]
+    category = prepare.category_of(cfg.dataset)
+    if category:
+        lines += [f"{REVIEWS}  {name}" for name in reviews_files(category)]
     elif cfg.dataset == "demo":
         lines.append(f"generated: {cfg.world_users} users, {cfg.world_items} items, alpha {cfg.world_alpha}")
     else:
@@ -78,7 +80,8 @@ def _bytes(line: str) -> str:
 
 
 def _stage_sizes(cfg: Config) -> list[tuple[int, int]]:
-    """(users, interactions) a stage: of the data if it is here, else of the paper's Table 4."""
+    """(users, interactions) a stage: of the data if it is here, else of the paper's Table 4, else []."""
+    category = prepare.category_of(cfg.dataset)
     if cfg.dataset in TABLE_4:
         print("stages, by the paper's Table 4 (the data is not here):")
         sizes = list(TABLE_4[cfg.dataset])
@@ -86,6 +89,9 @@ def _stage_sizes(cfg: Config) -> list[tuple[int, int]]:
         first = (cfg.world_users, 8 * cfg.world_users)
         print("stages, about:")
         sizes = [first] + [(first[0] // 6, first[1] // 6)] * (cfg.stages - 1)
+    elif category and not all(cached(REVIEWS, name, "dataset") for name in reviews_files(category)):
+        print("stages: not known before the data is here")
+        return []
     else:
         stages = prepare.load_dataset(cfg, Path(cfg.out)).stages
         print(statistics_table(statistics(stages)))
@@ -96,12 +102,13 @@ def _stage_sizes(cfg: Config) -> list[tuple[int, int]]:
 
 def _meta_model(cfg: Config) -> Llama:
     """The model with its adapter on the meta device: shapes without storage."""
-    known = prepare.from_scratch(cfg) or Path(cfg.base).is_dir()
-    if not known and not cfg.base.endswith("Llama-3.2-1B"):
+    scratch, folder = prepare.from_scratch(cfg), folder_at_hand(cfg.base)
+    if not (scratch or folder) and not cfg.base.endswith("Llama-3.2-1B"):
         raise FileNotFoundError(f"the shape of {cfg.base} is not known here\nonly Llama-3.2-1B's is built in\n"
                                 "pass --base a folder with its config.json")
     with torch.device("meta"):
-        model = Llama(prepare.llama_config(cfg) if known else LlamaConfig.from_dict(LLAMA_1B))
+        model = Llama(prepare.llama_config(cfg) if scratch else
+                      read_config(folder) if folder else LlamaConfig.from_dict(LLAMA_1B))
         model.grow(cfg.levels * cfg.codes)
         inject(model, cfg.rank, cfg.alpha, cfg.dropout)
     return model

@@ -27,7 +27,8 @@ from minipeso.semantic_ids import LETTERS
 
 NOTICE = "Llama {} is licensed under the Llama {} Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.\n"
 BUILT = """
-Built with Llama. The weights stay under the licence named in NOTICE; who passes them on adds a copy of it.
+Built with Llama. The weights stay under the licence named in NOTICE; who passes them on adds a copy of it, and begins
+the model's name with "Llama".
 """
 GENERATE = """# {method} of minipeso after D{stage}, {base}
 
@@ -128,10 +129,19 @@ def _whole(target: Path, write: Callable[[Path], None]) -> None:
 
 def _say(folder: Path, cfg: Config, text: str) -> None:
     """README.md, and for a Llama the notice that its licence asks for."""
+    version = llama_version(cfg)
+    if version:
+        (folder / "NOTICE").write_text(NOTICE.format(version, version), encoding="utf-8")
+    (folder / "README.md").write_text(text + BUILT * bool(version), encoding="utf-8")
+
+
+def llama_version(cfg: Config) -> str | None:
+    """Of a checkpoint by its name, or where a folder is called otherwise by its rotary factor: only Llama 3.2's is 32,
+    only 3.1's is 8 (llama.rope_frequencies). None: no Llama of Meta's."""
     found = re.search(r"llama-?(3(?:\.\d)?)", cfg.base.lower())
-    if found:
-        (folder / "NOTICE").write_text(NOTICE.format(found[1], found[1]), encoding="utf-8")
-    (folder / "README.md").write_text(text + BUILT * bool(found), encoding="utf-8")
+    if found or prepare.from_scratch(cfg):
+        return found and found[1]
+    return {32.0: "3.2", 8.0: "3.1"}.get(prepare.llama_config(cfg).rope_parameters.get("factor"))
 
 
 def _write_model(folder: Path, run: Reopened, merged: bool) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minipeso.download import fetch_checkpoint, fetch_small
+from minipeso.download import cached, fetch_checkpoint, fetch_small
 from minipeso.llama import Llama, LlamaConfig, Rotary
 
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -48,10 +49,18 @@ def checkpoint_folder(name_or_path: str | Path, weights: bool = True) -> Path:
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
+    if not REPOSITORY.fullmatch(str(name_or_path)):
         raise FileNotFoundError(f"no folder {folder} with a Llama checkpoint\nand no name of a Hub repository\n"
                                 "pass a folder with config.json, tokenizer.json and model.safetensors, or owner/name")
     return (fetch_checkpoint if weights else fetch_small)(str(name_or_path))
+
+
+def folder_at_hand(name_or_path: str | Path) -> Path | None:
+    """The folder whose config.json is on this machine, the Hub's cache included; None if there is none. Asks nobody."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    found = cached(str(name_or_path), "config.json") if REPOSITORY.fullmatch(str(name_or_path)) else None
+    return found and found.parent
 
 
 def read_config(folder: str | Path) -> LlamaConfig:

@@ -6,12 +6,15 @@ import csv
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from minipeso.download import PINNED, REVIEWS, HubError, verify
@@ -211,6 +214,57 @@ def test_the_ungated_copy_and_other_categories(hub, tmp_path):
         (data / part / f"{prefix}Digital_Music{end}").write_bytes((data / part / f"{prefix}Musical_Instruments{end}").read_bytes())
     done = command(hub, tmp_path / "cache", tmp_path / "run", "--dataset", "Digital_Music", "--base", "unsloth/Llama-3.2-1B")
     assert done.returncode == 0 and "| peso" in done.stdout, done.stderr
+
+
+def python(hub: Hub, cache: Path, *code: str, **env: str) -> subprocess.CompletedProcess:
+    """Some lines of code in a fresh interpreter with this Hub and cache."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    return subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, timeout=60, env=clean | {
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"} | env)
+
+
+def test_a_checkpoint_in_shards(hub, tmp_path):
+    """Without model.safetensors the index says what to fetch; from the full cache no request is made, so that it
+    loads offline too. A broken index is told by its reader, and a strange name in it is never asked for."""
+    repo = hub.root / "meta-llama" / "Llama-3.2-3B"
+    shutil.copytree(hub.root / BASE, repo)
+    tensors, places = load_file(repo / "model.safetensors"), {}
+    (repo / "model.safetensors").unlink()
+    for i in (1, 2):
+        places |= dict.fromkeys(sorted(tensors)[i - 1::2], f"model-{i:05}-of-00002.safetensors")
+        save_file({key: tensors[key] for key in sorted(tensors)[i - 1::2]}, repo / f"model-{i:05}-of-00002.safetensors")
+    index = repo / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    code = ["from minipeso.config import guard", "from minipeso.hub import load_llama",
+            "guard(lambda: load_llama('meta-llama/Llama-3.2-3B'))"]
+    assert python(hub, tmp_path / "cache", *code).returncode == 0
+    asked = {line.rpartition("/")[2] for line in hub.requests}
+    assert asked == {"config.json", "tokenizer.json", "model.safetensors", index.name, *places.values()}
+    for offline in ({"HF_HUB_OFFLINE": "1"}, {}):
+        hub.requests.clear()
+        done = python(hub, tmp_path / "cache", *code, **offline)
+        assert done.returncode == 0 and not hub.requests, (done.stderr, hub.requests)
+    for k, text in enumerate((json.dumps({"weight_map": places | {"x": "../../datasets/secret"}}), "<html>")):
+        index.write_text(text)
+        done = python(hub, tmp_path / f"cache{k}", *code)
+        assert done.returncode == 2 and index.name in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not [line for line in hub.requests if "secret" in line]
+
+
+@pytest.mark.parametrize("dataset, base", [("Video_Games", BASE), ("instruments", "unsloth/Llama-3.2-1B")])
+def test_dry_run_asks_nobody(hub, tmp_path, dataset, base):
+    """--dry-run of data and base that are not here: files and parameters, no request, nothing written, exit 0."""
+    done = command(hub, tmp_path / "cache", tmp_path / "run", "--dataset", dataset, "--base", base, "--dry-run")
+    assert done.returncode == 0 and f"{REVIEWS}  raw/meta_categories/meta_" in done.stdout, done.stderr
+    assert "parameters: " in done.stdout and not hub.requests and not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_a_cached_base_has_its_shape(hub, first):
+    """The config.json in the cache counts, not what is known of Llama-3.2-1B; neither a request nor weights are needed."""
+    done = command(hub, first[0], first[0].parent / "never", "--dry-run")
+    total = sum(t.numel() for t in load_file(hub.root / BASE / "model.safetensors").values())
+    found = int(re.search(r"parameters: ([\d,]+); adapter ([\d,]+)", done.stdout)[1].replace(",", ""))
+    assert total < found < 2 * total and not hub.requests and not (first[0].parent / "never").exists()
 
 
 def test_code_tokens_behind_a_bpe_vocabulary(hub):

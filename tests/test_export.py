@@ -16,14 +16,14 @@ from minipeso.checkpoint import CheckpointError
 from minipeso.config import UsageError
 from minipeso.continual import answer_loss
 from minipeso.evaluate import Ranker
-from minipeso.export import export_merged, export_peft
+from minipeso.export import export_merged, export_peft, llama_version
 from minipeso.lora import adapters
 from minipeso.recommend import histories, top_items
 from minipeso.reopen import reopen
 from minipeso.stages import examples
 from minipeso.synthetic import write_world
 from minipeso.tokens import QUESTIONS, collate, rows
-from tests.micro import llama_checkpoint, micro, run, shared_ids
+from tests.micro import checkpoint, llama_checkpoint, micro, run, shared_ids
 
 RUNS = {
     "tiny": dict(compare="single,pretrain,sumlora-latest"),
@@ -204,6 +204,18 @@ def test_a_llamas_licence_goes_with_it(opened, runs, tmp_path):
             folder = tmp_path / f"{name}-{kind}"
             assert (folder / "NOTICE").is_file() == expected == ("Built with Llama" in (folder / "README.md").read_text())
     assert "Llama 3.2 is licensed under the Llama 3.2 Community License" in (tmp_path / "llama-peft" / "NOTICE").read_text()
+
+
+@pytest.mark.parametrize("name, factor, version", [("Llama-3.2-3B", None, "3.2"), ("mine", 32.0, "3.2"), ("mine", 8.0, "3.1"),
+                                                   ("mine", None, None), ("Llama-3", None, "3")])
+def test_a_llama_is_known_in_a_folder_of_any_name(tmp_path, name, factor, version):
+    """By the name, else by the rotary factor that only one version has; a base from scratch is none."""
+    shape = json.loads((checkpoint(tmp_path / name) / "config.json").read_text())
+    scaling = factor and dict(rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
+                              original_max_position_embeddings=8192)
+    (tmp_path / name / "config.json").write_text(json.dumps(shape | {"rope_scaling": scaling}))
+    assert llama_version(micro(tmp_path / "run", base=str(tmp_path / name))) == version
+    assert llama_version(micro(tmp_path / "run")) is None
 
 
 # -- peft -------------------------------------------------------------------------------------------

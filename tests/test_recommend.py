@@ -14,7 +14,7 @@ import eval as script
 from minipeso.config import UsageError
 from minipeso.recommend import histories, recommend, recommend_all, top_items
 from minipeso.reopen import reopen
-from tests.micro import MICRO, micro, run, shared_ids
+from tests.micro import MICRO, flags, micro, run, shared_ids
 from tests.reference import answer_log_p
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +119,17 @@ def test_a_terminal_without_the_letters(runs, env, tmp_path):
                            "--recommend-all", str(tmp_path / "all.jsonl")], capture_output=True, env=clean | env)
     assert done.returncode == 0 and b"U00003, D3" in done.stdout, done.stderr
     assert JAPANESE in (tmp_path / "all.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_run_on_a_terminal_without_the_letters(runs, tmp_path):
+    """An ASCII terminal ends neither the results table nor --explain, and the run's files are those of any other."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
+    cfg = reopen(runs["reviews"]).cfg
+    changes = {name: getattr(cfg, name) for name in MICRO} | {"dataset": cfg.dataset, "out": tmp_path / "run", "explain": True}
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags(**changes)], capture_output=True,
+                          env=clean | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and b"rank of the target" in done.stdout, done.stderr
+    assert (tmp_path / "run" / "semantic_ids.json").read_bytes() == (runs["reviews"] / "semantic_ids.json").read_bytes()
 
 
 def test_an_unknown_user_is_told_who_is_known(runs):
