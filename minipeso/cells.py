@@ -22,12 +22,12 @@ from torch import Tensor, multiprocessing
 from tqdm import tqdm
 
 from minipeso import continual, disk, prepare, report
-from minipeso.config import ACTIONS, Config, UsageError, flag
+from minipeso.config import MAY_CHANGE, Config, UsageError, flag
 from minipeso.evorec import inactive
 from minipeso.journal import Clock
 from minipeso.run import SEARCH, learn_first, learn_later, set_up
 
-FREE = {"method", "compare", "seed", "split", "out", "device", "threads", "eval_batch", "resume", *ACTIONS}
+FREE = {"method", "compare", "seed", "split", *MAY_CHANGE}
 
 
 class Cell(NamedTuple):
@@ -60,7 +60,8 @@ def fill(cfg: Config, cells: Iterable[Cell], seeds: int, resume: bool, workers: 
     """Every cell's results for seeds 0 .. seeds - 1, `workers` seeds and splits at a time, each in a process
     of its own. One bar for the whole, with the time that is left."""
     out, cells = Path(cfg.out), list(dict.fromkeys(cells))
-    splits = {split: _load(cfg, split) for split in dict.fromkeys(cell.split for cell in cells)}
+    splits = {split: prepare.load_dataset(dataclasses.replace(cfg, split=split), out / "world")
+              for split in dict.fromkeys(cell.split for cell in cells)}
     agree(out, cfg, {split: prepare.fingerprint(data.stages) for split, data in splits.items()}, resume)
     groups = [(seed, split, [c for c in cells if c.split == split]) for seed in range(seeds) for split in splits]
     missing = [(seed, split, [c for c in some if not _file(out, seed, c).is_file()]) for seed, split, some in groups]
@@ -109,10 +110,6 @@ def work(cfg: Config, stages: list, cells: list[Cell]) -> int:
     return total
 
 
-def _load(cfg: Config, split: str) -> prepare.Dataset:
-    return prepare.load_dataset(dataclasses.replace(cfg, split=split), Path(cfg.out) / "world")
-
-
 def _file(out: Path, seed: int, cell: Cell) -> Path:
     return _folder(out, seed, cell.split) / cell.folder / "cell.json"
 
@@ -144,28 +141,39 @@ def _compute(cfg: Config, seed: int, split: str, cells: list[Cell], tick: Callab
         torch.set_num_threads(cfg.threads)
     folder = _folder(Path(cfg.out), seed, split)
     mine = dataclasses.replace(cfg, seed=seed, split=split, out=str(folder), resume=True)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the table speaks, not its parts
-        run = set_up(mine, tick)
-        first = learn_first(run)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the table speaks, not its parts
+            run = set_up(mine, tick)
+            first = learn_first(run)
+    except FloatingPointError as error:  # then no method of this seed has anything to go on from
+        for cell in cells:
+            _keep(folder / cell.folder, {}, str(error), 0.0)
+        return
     for cell in cells:
         place = folder / cell.folder
         place.mkdir(parents=True, exist_ok=True)
-        (place / "metrics.jsonl").write_text("")
         part = run._replace(cfg=dataclasses.replace(mine, **dict(cell.later)), out=place, clock=Clock())
+        (place / "metrics.jsonl").write_text("")
         try:
             ranks, diverged = learn_later(part, cell.method, first, everyone=cell.everyone), ""
         except FloatingPointError as error:
             ranks, diverged = {}, str(error)
-        report.write_json(place / "cell.json", {
-            "ranks": {t: r.tolist() for t, r in ranks.items()}, "diverged": diverged,
-            "training": what_training_said(place / "metrics.jsonl"), "seconds": part.clock.seconds.get(cell.method, 0.0)})
-        disk.remove(place / "checkpoints")
+        _keep(place, ranks, diverged, part.clock.seconds.get(cell.method, 0.0))
+
+
+def _keep(place: Path, ranks: dict[str, Tensor], diverged: str, seconds: float) -> None:
+    """The cell is finished: its result takes the place of its checkpoints."""
+    place.mkdir(parents=True, exist_ok=True)
+    report.write_json(place / "cell.json", {
+        "ranks": {t: r.tolist() for t, r in ranks.items()}, "diverged": diverged,
+        "training": what_training_said(place / "metrics.jsonl"), "seconds": seconds})
+    disk.remove(place / "checkpoints")
 
 
 def what_training_said(file: Path) -> dict[str, dict]:
     """{stage: the best validation loss, the median prox/ce gradient ratio, how far the adapter moved and
     the norm of its anchor} from a cell's metrics.jsonl."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     said = {}
     for stage in dict.fromkeys(line["stage"] for line in lines):
         mine = [line for line in lines if line["stage"] == stage]

@@ -201,14 +201,14 @@ def update_memory(M: Tensor, retain: bool, C: Tensor, threshold: float) -> tuple
     joining = 0 if energy.sum() <= (1 - threshold) * total else 1 + int((free > (1 - threshold) * total).sum())
     if retain:
         rest = M - U[:, :joining] @ (U[:, :joining].mT @ M)
-        return left_vectors_of_basis(rest, M.shape[1] - joining), True
+        return basis(rest, M.shape[1] - joining), True
     M = torch.cat([M, U[:, :joining]], 1)
     if 2 * M.shape[1] <= len(M):
         return M, False
     complement = torch.eye(len(M), device=M.device) - M @ M.mT
-    return left_vectors_of_basis(complement, len(M) - M.shape[1]), True
+    return basis(complement, len(M) - M.shape[1]), True
 
 
-def left_vectors_of_basis(X: Tensor, m: int) -> Tensor:
+def basis(X: Tensor, m: int) -> Tensor:
     """An orthonormal basis (d, m) of X's column space, whose dimension is m."""
     return torch.linalg.svd(X, full_matrices=False)[0][:, :m].contiguous()

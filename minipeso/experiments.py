@@ -10,8 +10,8 @@
     python -m minipeso.experiments evorec    who pays for adaptation: active and inactive users
     python -m minipeso.experiments audit     what lambda does: ratios of gradients, how far the adapter moves
 
-    --seeds K (3)   --workers N (a core each)   --plot F.png   --resume: go on in --out, whose finished cells stay
-    and every flag of train.py
+    --seeds K (3)   --workers N (a core each)   --plot F.png   and every flag of train.py
+    --resume: go on in --out, whose finished cells stay
 
 Into --out go NAME.md and NAME.json. The experiments of one --out share stage 1 and all cells.
 """
@@ -111,14 +111,12 @@ def audit(cfg: Config, done) -> tuple[str, dict]:
 EXPERIMENTS = {f.__name__: f for f in (table1, table2, table3, table4, table5, figure2, figure3, figure4, audit, evorec)}
 
 
-def run(name: str, cfg: Config, seeds: int, workers: int, resume: bool, picture: Path | None = None) -> str:
+def run(name: str, cfg: Config, seeds: int, workers: int, picture: Path | None = None) -> str:
     """One experiment: computes what is missing, writes NAME.md and NAME.json, draws, -> the markdown."""
-    state = {"resume": resume}
+    resume = iter([cfg.resume])
 
     def done(cells, seeds=seeds) -> Filled:
-        found = fill(cfg, cells, seeds, state["resume"], workers)
-        state["resume"] = True  # what comes next goes on from what was just made
-        return found
+        return fill(cfg, cells, seeds, next(resume, True), workers)  # a second call goes on from the first's cells
     text, values = EXPERIMENTS[name](cfg, done)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +136,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, metavar="K")
     parser.add_argument("--workers", type=int, default=0, metavar="N")
     parser.add_argument("--plot", type=Path, metavar="F.png")
-    parser.add_argument("--resume", action="store_true")
     args, rest = parser.parse_known_args()
     if args.name not in EXPERIMENTS:
         raise UsageError(unknown("experiment", args.name, EXPERIMENTS))
@@ -149,7 +146,7 @@ def main() -> None:
         cfg = dataclasses.replace(cfg, out=cfg.out.replace(f"-{cfg.method}-s{cfg.seed}", "-experiments"))
     alone = cfg.threads != 1 or prepare.device_of(cfg) == "cuda"  # then one process already takes the whole machine
     workers = args.workers or (1 if alone else len(os.sched_getaffinity(0)))
-    print(run(args.name, cfg, args.seeds, workers, args.resume, args.plot))
+    print(run(args.name, cfg, args.seeds, workers, args.plot))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,10 @@ def per_user(results: list[Result], value: Values, stages: list[str]) -> list[Te
     return [torch.stack([value(result.ranks[t]) for result in results]).mean(0) for t in stages]
 
 
-def difference(results: list[Result], reference: list[Result], value: Values, stages: list[str]) -> dict[str, float]:
+def difference(results: list[Result], reference: list[Result], value: Values, stages: list[str]) -> dict:
+    """{"difference", "low", "high"}; None each if the reference diverged."""
+    if any(result.diverged for result in reference):
+        return dict.fromkeys(("difference", "low", "high"))
     strata = [a - b for a, b in zip(per_user(results, value, stages), per_user(reference, value, stages), strict=True)]
     low, high = bootstrap_interval(strata)
     return {"difference": statistics.fmean(d.mean().item() for d in strata), "low": low, "high": high}
@@ -114,7 +117,7 @@ def gain_table(filled: Filled, cells: dict[tuple[str, str], Cell], published: di
             single, results = filled[cells["single", split]], filled[cells[method, split]]
             if any(result.diverged for result in (*single, *results)):
                 continue
-            stages = averaged({cells["single", split]: single})["D2-D5"]
+            stages = list(averaged({cells["single", split]: single}).values())[-1]
             found = summary(results, single, VALUES["N@5"], stages)
             whole = statistics.fmean(per_seed(single, VALUES["N@5"], stages)) / 100
             gains_of[split] = {key: found[key] / whole for key in ("difference", "low", "high")}
@@ -122,12 +125,12 @@ def gain_table(filled: Filled, cells: dict[tuple[str, str], Cell], published: di
         shown = [interval(gains_of[split], ".1f") if split in gains_of else "diverged" for split in splits]
         apart = f"{gains_of[splits[0]]['difference'] - gains_of[splits[1]]['difference']:+.1f}" if len(gains_of) == 2 else "-"
         rows.append([method, *shown, apart, *(f"{gain:+.2f}" for gain in published.get(method, ()))])
-    return "\n\n".join([markdown(rows), f"mean over D2-D5; {NOISE}", *notes(filled)]), values
+    return "\n\n".join([markdown(rows), f"mean over {list(averaged(filled))[-1]}; {NOISE}", *notes(filled)]), values
 
 
 def mean_table(filled: Filled, cells: dict[str, Cell], reference: Cell, what: str) -> tuple[str, dict]:
     """A figure's numbers: the mean of the four metrics over D2-D5, beside the validation loss."""
-    stages = list(averaged(filled).values())[-1]
+    span, stages = list(averaged(filled).items())[-1]
     name = next(label for label, cell in cells.items() if cell == reference)
     rows, values = [[what, "mean of four", f"- {name} [95 %]", "H@10", f"- {name} [95 %]", "validation CE"]], {}
     for label, cell in cells.items():
@@ -140,7 +143,7 @@ def mean_table(filled: Filled, cells: dict[str, Cell], reference: Cell, what: st
         values[label] = {"mean of four": four, "H@10": hit, "validation CE": loss if loss < float("inf") else None}
         differ = ["", ""] if cell == reference else [interval(four), interval(hit)]
         rows.append([label, mean_sd(four), differ[0], mean_sd(hit), differ[1], f"{loss:.4f}" if loss < float("inf") else "-"])
-    return "\n\n".join([markdown(rows), f"mean ± sd over seeds, over D2-D5; {NOISE}", *notes(filled)]), values
+    return "\n\n".join([markdown(rows), f"mean ± sd over seeds, over {span}; {NOISE}", *notes(filled)]), values
 
 
 def audit_table(filled: Filled, cells: dict[tuple[str, float], Cell], zero: Cell) -> tuple[str, dict]:
@@ -160,15 +163,15 @@ def audit_table(filled: Filled, cells: dict[tuple[str, float], Cell], zero: Cell
         if any(result.diverged for result in filled[cell]):
             rows.append([form, f"{lam:g}", *["diverged"] * 6])
             continue
-        ratio, moved, free = ([said(c, t, name) for t in stages] for c, name in
-                              ((cell, "prox_ce_ratio"), (cell, "moved"), (zero, "moved")))
-        held = [1 - a / b for a, b in zip(moved, free)]
+        ratio, moved = ([said(cell, t, name) for t in stages] for name in ("prox_ce_ratio", "moved"))
+        lost = any(result.diverged for result in filled[zero])  # then there is nothing to compare with
+        held = None if lost else [1 - a / said(zero, t, "moved") for t, a in zip(stages, moved)]
         at = [share * lam / statistics.fmean(ratio) for share in (0.01, 0.1)] if any(ratio) else None
         hit = summary(filled[cell], filled[zero], VALUES["H@10"], stages)
         values[f"{form}, {lam:g}"] = {"ratio": ratio, "moved": moved, "held": held, "lambda at 1 %, 10 %": at,
                                       "validation CE": validation(filled[cell]), "H@10": hit}
         rows.append([form, f"{lam:g}", series(ratio, 100, ".2g"), " and ".join(f"{x:,.3g}" for x in at) if at else "-",
-                     series(moved, 1, ".2f"), series(held, 100, ".1f"), f"{validation(filled[cell]):.4f}",
+                     series(moved, 1, ".2f"), "-" if lost else series(held, 100, ".1f"), f"{validation(filled[cell]):.4f}",
                      "" if cell == zero else interval(hit)])
     return "\n\n".join([markdown(rows), NOISE, *notes(filled)]), values
 
@@ -177,11 +180,16 @@ def split_table(filled: Filled, cells: dict[str, Cell], active: dict[str, int]) 
     """Who pays for adaptation: Hit@10 and NDCG@10 of the stage's own users, U_A, of earlier stages' users who are
     not in it, U_I, each with its last known test question, and of both, U. Differences to single."""
     parts = {"U_A": lambda t, r: r[:active[t]], "U_I": lambda t, r: r[active[t]:], "U": lambda t, r: r}
-    rows = [["mean over D2-D5", "users", "H@10", "N@10", "N@10 - single [95 %]", "adapter touched", "seconds a stage"]]
+    rows = [[f"mean over {list(averaged(filled))[-1]}", "users", "H@10", "N@10", "N@10 - single [95 %]", "adapter touched",
+             "seconds a stage"]]
     values: dict[str, dict] = {}
     for name, cell in cells.items():
+        if any(result.diverged for result in filled[cell]):
+            values[name] = {"diverged": True}
+            rows.append([name, *["diverged"] * 6])
+            continue
         touched = [1.0 if said["touched"] is None else said["touched"] for result in filled[cell] for said in result.training.values()]
-        stages = len(filled[cells["single"]][0].ranks) - 1
+        stages = len(filled[cell][0].ranks) - 1
         cost = statistics.fmean(result.seconds for result in filled[cell]) / stages
         values[name] = {"touched": statistics.fmean(touched), "seconds": cost}
         for part, cut in parts.items():
@@ -203,6 +211,8 @@ def mean_sd(found: dict) -> str:
 
 
 def interval(found: dict, form: str = ".4f") -> str:
+    if found["difference"] is None:
+        return "-"
     text = f"{found['difference']:+{form}} [{found['low']:+{form}}, {found['high']:+{form}}]"
     return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
 

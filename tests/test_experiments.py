@@ -119,6 +119,39 @@ def test_a_diverged_cell_is_marked_and_the_table_finishes(tmp_path):
     assert fill(cfg, [INFINITE], 1, True)[INFINITE][0] == found[INFINITE][0]
 
 
+def test_a_seed_that_diverges_in_stage_1_is_marked(tmp_path, monkeypatch):
+    """D_1 itself diverges on seed 1: all of that seed's cells are marked, seed 0's are computed, the table is made."""
+    first = cells.learn_first
+
+    def breaks(now):
+        if now.cfg.seed == 1:
+            raise FloatingPointError("the loss is no longer finite at stage 1")
+        return first(now)
+    monkeypatch.setattr(cells, "learn_first", breaks)
+    rows = {"single": Cell("single"), "peso": Cell("peso")}
+    found = fill(micro(tmp_path), rows.values(), 2, False)
+    assert [bool(r.diverged) for results in found.values() for r in results] == [False, True] * 2
+    text, values = scores.method_table(found, rows, rows["single"], paper.TABLE_2)
+    assert values["D2-D3"]["peso"] == {"diverged": True} and "peso diverged on 1 of 2 seeds" in text
+
+
+def test_a_reference_that_diverged_costs_the_differences_only():
+    """Every table is still made: the others keep their means, a difference to nothing is shown as "-"."""
+    lost, fine = [Result({}, {}, "nan")], [result([1], [1, 0], [1, 1])]
+    said = {t: {"prox_ce_ratio": 0.1, "moved": 1.0, "valid_ce": 2.0, "touched": None} for t in "23"}
+    fine = [fine[0]._replace(training=said)]
+    rows = {"single": Cell("single"), "peso": Cell("peso")}
+    filled = {rows["single"]: lost, rows["peso"]: fine}
+    audited = {("Eq. 12", 0.0): rows["single"], ("Eq. 12", 2.0): rows["peso"]}
+    for text, values in (scores.method_table(filled, rows, rows["single"], paper.TABLE_2),
+                         scores.mean_table(filled, rows, rows["single"], "lambda"),
+                         scores.split_table(filled, rows, {"1": 1, "2": 1, "3": 1}),
+                         scores.audit_table(filled, audited, rows["single"])):
+        line = [row for row in text.splitlines() if row.startswith(("| peso", "| Eq. 12"))][-1]
+        assert " - |" in line and "diverged" not in line and "diverged on 1 of 1" in text
+        json.dumps(values, allow_nan=False)
+
+
 def test_what_training_said(table):
     """Per stage: the best validation loss, the median ratio, the distance moved - from the journal's own lines."""
     cfg, found = table
@@ -306,5 +339,5 @@ def test_table_2_has_the_papers_rows():
 
 def test_free_settings_are_fields():
     """What may differ between two starts of one --out are settings that exist, and none that changes a cell."""
-    fields = {field.name for field in dataclasses.fields(micro(Path("x")))} | {"resume"}
+    fields = {field.name for field in dataclasses.fields(micro(Path("x")))} 
     assert cells.FREE <= fields and not cells.FREE & {"lam", "rank", "data_seed", "users", "dataset", "base"}

@@ -102,7 +102,7 @@ def test_20_random_kills_end_in_the_same_bytes(tmp_path):
     """SIGKILL at 20 random moments, wherever they fall (data, RQ-VAE, base, stages, saving, ranking): --resume ends
     in every byte of the uninterrupted run, and leaves no unfinished file."""
     found = killed(tmp_path, 20, seed=int(time.time()))
-    assert found.get("kills") == 20 and found["runs"] >= 1 and len(found["seen"]) >= 2, found  # a starved machine is slow
+    assert found.get("kills", 0) >= 20 and found["runs"] >= 1 and len(found["seen"]) >= 3, found
 
 
 @pytest.mark.slow
