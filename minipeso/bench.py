@@ -1,238 +1,31 @@
-"""How fast is this, beside transformers + peft on the same work?
+"""How fast is this, beside what one would otherwise use for the same work?
 
-    python -m minipeso.bench train       LoRA steps on the sliding-window pairs of whole users
-    python -m minipeso.bench generate    the ten best items of 64 users, over a trie of 26,000
+    python -m minipeso.bench train       LoRA steps on the sliding-window pairs of whole users; transformers + peft
+    python -m minipeso.bench generate    the ten best items of 64 users, over a trie of 26,000; transformers
 
-Both sides get the same weights and data, are held to the same results first, and then take turns
-in one process. On a busy machine trust the ratios, not the ms. The peers are test extras.
+Both sides get the same weights and data, are held to the same results first, and then take turns.
+On a busy machine trust the ratios, not the ms. The peers are test extras.
 """
 from __future__ import annotations
 
 import argparse
-import inspect
-import os
-import platform
-import time
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import partial, reduce
-from operator import getitem
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from minipeso.beam import beam_search
-from minipeso.config import UsageError, guard, resolve
-from minipeso.continual import answer_loss, choose_trainable
-from minipeso.llama import Llama, LlamaConfig
-from minipeso.lora import TARGETS, adapters, inject
-from minipeso.prepare import llama_config
-from minipeso.stages import Example, Stage, examples
-from minipeso.tokens import IGNORE, Template, code_tokens, collate, rows
-from minipeso.trie import Trie
-
-LEVELS, BEAMS, WINDOW, RANK, ALPHA = 4, 10, 20, 8, 16
+from minipeso import race
+from minipeso.config import UsageError, guard
+from minipeso.race_llama import LEVELS, Case, generate_contest, libraries, make_case, shape_of, train_contest
 
 
-class Case(NamedTuple):
-    """One adapted model, written twice, and a catalogue."""
-    ours: Llama
-    peer: torch.nn.Module  # peft.PeftModel
-    template: Template
-    codes: np.ndarray  # (items, L)
-
-
-def libraries():
-    """The modules transformers and peft; UsageError if they are not installed."""
-    try:
-        import peft
-        import transformers
-    except ImportError as error:
-        raise UsageError(f"the benchmark's peers are missing\n{error}\npip install -e '.[test]'") from error
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    return transformers, peft
-
-
-def shape_of(name: str) -> LlamaConfig:
-    """What --base tiny or small trains from scratch; small-bigvocab: 256 units with Llama 3's words."""
-    if name != "small-bigvocab":
-        return llama_config(resolve({"base": name}))
-    return replace(shape_of("small"), vocab_size=128256, hidden_size=256, intermediate_size=1024,
-                   num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=32)
-
-
-def make_case(shape: LlamaConfig, items: int = 26_000, n_codes: int = 256, device="cpu") -> Case:
-    """Random weights and distinct codes. B is not zero as in a new adapter: A would get no gradient."""
-    generator = torch.Generator().manual_seed(0)
-    ours = Llama(shape).initialise(generator, std=0.05)
-    ours.grow(LEVELS * n_codes, generator, std=0.05)
-    inject(ours, RANK, ALPHA, generator=generator)
-    choose_trainable(ours, "adapter")
-    for _, layer in adapters(ours):
-        layer.B.data.normal_(0, 0.02, generator=generator)
-    keys = np.random.default_rng(0).choice(n_codes**LEVELS, items, replace=False)
-    codes = keys[:, None] // n_codes ** np.arange(LEVELS)[::-1] % n_codes  # (items, L)
-    template = Template((0,), (), (), (), code_tokens(codes, n_codes, shape.vocab_size), shape.vocab_size, n_codes)
-    return Case(ours.to(device), peer_of(ours).to(device), template, codes)
-
-
-@torch.no_grad()
-def peer_of(ours: Llama) -> torch.nn.Module:
-    """transformers' Llama in peft's adapter, with copies of our weights."""
-    transformers, peft = libraries()
-    tokens = torch.cat([ours.model.embed_tokens.weight, ours.model.embed_tokens.rows])  # (V, d)
-    changes = {"vocab_size": len(tokens), "eos_token_id": None, "pad_token_id": 0}
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**asdict(ours.config) | changes))
-    weights = {name: t for name, t in ours.state_dict().items() if name.endswith(".weight")}
-    base.load_state_dict(weights | {"model.embed_tokens.weight": tokens, "lm_head.weight": tokens})
-    peer = peft.get_peft_model(base, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS)))
-    for theirs, p in zip(trainable(peer), trainable(ours), strict=True):
-        theirs.copy_(p)
-    return peer
-
-
-def trainable(model: torch.nn.Module) -> list[Tensor]:
-    """A and B of every adapted layer; both sides list them in the same order."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def draw_pairs(n_items: int, users: int, seed: int) -> list[Example]:
-    """Training pairs of users with 5 items or more, 7.5 in the mean, like Amazon's; no window slides."""
-    rng = np.random.default_rng(seed)
-    lengths = np.minimum(4 + rng.geometric(1 / 3.5, users), WINDOW + 2)
-    current = {user: rng.integers(0, n_items, length).tolist() for user, length in enumerate(lengths)}
-    return examples(Stage(1, {user: [] for user in current}, current), "train", WINDOW)
-
-
-def peer_loss(peer, template: Template, tuned: bool, pairs: list[Example]) -> Tensor:
-    """Eq. 2 by transformers: one padded row a pair, labels on the answer.
-    tuned: padded on the left, so that all answers stand at the end and the head can skip the rest."""
-    parts = [(template.trunk(pair.history), template.answer(pair.target)) for pair in pairs]
-    full = [torch.tensor(prompt + answer) for prompt, answer in parts]
-    marked = [torch.tensor([IGNORE] * len(prompt) + answer) for prompt, answer in parts]
-    ids, labels = (pad_sequence(some, True, IGNORE, "left" if tuned else "right").to(peer.device)
-                   for some in (full, marked))  # (pairs, l) each
-    seen = (ids != IGNORE).long()
-    kept = LEVELS + 1 if tuned else ids.shape[1]  # transformers shifts the labels by one itself
-    return peer(input_ids=ids * seen, attention_mask=seen, labels=labels[:, -kept:], logits_to_keep=kept,
-                use_cache=False).loss
-
-
-def train_contest(case: Case, users: int = 6, steps: int = 4) -> tuple[dict, int, str, str]:
-    """`steps` steps of AdamW on the pairs of `users` users each, about 32. -> runs by name (ours
-    first), how much work a run is, its unit, what was found equal."""
-    ours, peer, template = case.ours.train(), case.peer.train(), case.template
-    data = [draw_pairs(len(case.codes), users, seed) for seed in range(steps)]
-    contenders = {
-        "ours": (ours, lambda pairs: answer_loss(ours, collate(rows(pairs, template), ours.device))),
-        "peft": (peer, partial(peer_loss, peer, template, False)),
-        "peft, head on answers only": (peer, partial(peer_loss, peer, template, True))}
-    loss, grad = same_training(list(contenders.values()), data)
-    runs = {name: partial(train, loss_of, data, torch.optim.AdamW(trainable(model), lr=1e-4, fused=True))
-            for name, (model, loss_of) in contenders.items()}
-    return runs, sum(map(len, data)), "examples", f"loss to {loss:.0e}, gradient of A and B to {grad:.0e}"
-
-
-def same_training(contenders: list[tuple[torch.nn.Module, Callable]], data: list) -> list[float]:
-    """The largest relative differences of losses and gradients; FloatingPointError if beyond rounding."""
-    found = []
-    for model, loss_of in contenders:
-        losses = [loss_of(pairs) for pairs in data]
-        grads = [g.flatten() for loss in losses for g in torch.autograd.grad(loss, trainable(model))]
-        found.append((torch.stack(losses).detach(), torch.cat(grads)))
-    apart = [torch.stack([(x - first).norm() / first.norm() for x in others]).max().item()
-             for first, *others in zip(*found)]
-    if not (apart[0] <= 1e-5 and apart[1] <= 1e-4):
-        raise FloatingPointError("the contenders do not train the same\nloss differs by {:.1e}, gradient by "
-                                 "{:.1e}\ntimings of different work mean nothing".format(*apart))
-    return apart
-
-
-def train(loss_of: Callable, data: list, optimiser: torch.optim.Optimizer) -> None:
-    for pairs in data:
-        optimiser.zero_grad()
-        loss_of(pairs).backward()
-        optimiser.step()
-
-
-def generate_contest(case: Case, users: int = 64) -> tuple[dict, int, str, str]:
-    """One batch of users with 5 to 20 items. The peer's adapter is merged, which is its faster way."""
-    rng = np.random.default_rng(0)
-    prompts = [case.template.prompt(rng.integers(0, len(case.codes), n)).to(case.ours.device)
-               for n in rng.integers(5, WINDOW + 1, users)]
-    ours, merged = case.ours.eval(), case.peer.merge_and_unload().eval()
-    first, n_codes = case.template.first_token, case.template.n_codes
-    trie = Trie(torch.from_numpy(case.codes), n_codes).to(ours.device)
-    tree: dict = {}  # of tokens, nested: the usual companion of generate()
-    for item in case.template.items.tolist():
-        reduce(lambda node, token: node.setdefault(token, {}), item, tree)
-    runs = {"ours": partial(beam_search, ours, prompts, trie, first, BEAMS),
-            "generate": partial(peer_search, merged, prompts, tree, False),
-            "generate, prompt once a user": partial(peer_search, merged, prompts, tree, True)}
-    codes, scores = runs["ours"]()
-    items = codes + first + n_codes * torch.arange(LEVELS, device=codes.device)
-    apart = max(same_search(items, scores, *run()) for name, run in runs.items() if name != "ours")
-    return runs, users, "users", f"the {BEAMS} items of every user, scores to {apart:.0e}"
-
-
-@torch.no_grad()
-def peer_search(model, prompts: list[Tensor], tree: dict, tuned: bool) -> tuple[Tensor, Tensor]:
-    """tokens (n, beams, L) and scores (n, beams) by transformers' generate(). tuned: the prompt is
-    computed once a user instead of once a beam, and its cache is repeated by hand."""
-    ids, seen = (pad_sequence(p, True, 0, "left") for p in (prompts, [torch.ones_like(p) for p in prompts]))
-    longest, extra = ids.shape[1], {}  # ids (n, longest)
-    if tuned:
-        cache = model(ids[:, :-1], attention_mask=seen[:, :-1], logits_to_keep=1, use_cache=True,
-                      position_ids=(seen.cumsum(1) - 1).clamp(min=0)[:, :-1]).past_key_values
-        cache.batch_repeat_interleave(BEAMS)
-        extra["cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"] = cache
-    out = model.generate(ids, attention_mask=seen, max_new_tokens=LEVELS, num_beams=BEAMS, do_sample=False,
-                         num_return_sequences=BEAMS, length_penalty=0.0, early_stopping=False, output_scores=True,
-                         return_dict_in_generate=True, prefix_allowed_tokens_fn=lambda user, sent: list(
-                             reduce(getitem, sent[longest:].tolist(), tree)), **extra)
-    return out.sequences[:, longest:].view(-1, BEAMS, LEVELS), out.sequences_scores.view(-1, BEAMS)
-
-
-def same_search(items: Tensor, scores: Tensor, peer_items: Tensor, peer_scores: Tensor) -> float:
-    """The largest difference of a score; FloatingPointError above 1e-4, and if a user's items differ as a set."""
-    found = zip(*([set(map(tuple, user)) for user in x.tolist()] for x in (items, peer_items)), strict=True)
-    other, apart = sum(a != b for a, b in found), (scores - peer_scores).abs().max().item()
-    if other or not apart <= 1e-4:
-        raise FloatingPointError(f"the contenders do not find the same\n{other} of {len(items)} users have "
-                                 f"other items, scores {apart:.1e} apart\ntimings of different work mean nothing")
-    return apart
-
-
-def compare(runs: dict[str, Callable], rounds: int, wait: Callable[[], None]) -> dict[str, list[float]]:
-    """Seconds of every contender in every round: they take turns, in alternating order, once to warm up."""
-    seconds = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name in list(runs)[::-1 if turn % 2 else 1]:
-            wait()
-            began = time.perf_counter()
-            runs[name]()
-            wait()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: times[1:] for name, times in seconds.items()}
-
-
-def run(task: str, case: Case, rounds: int) -> None:
+def model(task: str, case: Case, rounds: int) -> None:
     """Prints what was found equal, and one line a contender; its ratio is of pairs of rounds."""
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}",
-          *(f"{module.__name__} {module.__version__}" for module in (torch, *libraries())), sep=", ")
+    print(race.machine(torch, *libraries()) + f"; {torch.get_num_threads()} threads")
     runs, count, unit, equal = {"train": train_contest, "generate": generate_contest}[task](case)
     shape, on_gpu = case.ours.config, case.ours.device.type == "cuda"
     print(f"{task} on {case.ours.device}: hidden {shape.hidden_size}, {shape.num_hidden_layers} layers, "
           f"vocabulary {shape.vocab_size} + {LEVELS * case.template.n_codes}, {count} {unit}\nequal: {equal}")
-    seconds = compare(runs, rounds, torch.cuda.synchronize if on_gpu else lambda: None)
-    for name, times in seconds.items():
-        ratio = [theirs / ours for theirs, ours in zip(times, seconds["ours"])]
-        print(f"{name:29}{np.median(times) * 1e3:10.1f} ms {count / np.median(times):10,.1f} {unit}/s   "
-              f"{np.median(ratio):6.2f} x ours [{min(ratio):.2f}, {max(ratio):.2f}]")
+    seconds = race.compare(runs, rounds, torch.cuda.synchronize if on_gpu else lambda: None)
+    print(*race.lines(seconds, count, unit), sep="\n")
 
 
 def main() -> None:
@@ -244,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         raise UsageError(f"--rounds is out of range\nfound {args.rounds}\ngive a number >= 1")
-    run(args.task, make_case(shape_of(args.shape), device=args.device), args.rounds)
+    model(args.task, make_case(shape_of(args.shape), device=args.device), args.rounds)
 
 
 if __name__ == "__main__":

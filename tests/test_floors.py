@@ -13,13 +13,13 @@ FILES = {path.stem: path for path in sorted((ROOT / "minipeso").glob("*.py")) if
 SCRIPTS = {name: ROOT / f"{name}.py" for name in ("train", "eval")}
 FLOORS = (
     "disk signals",  # the system below
-    "config synthetic reviews metrics llama lora proximal rqvae trie embed journal paper lightgcn sasrec download",  # alone
+    "config synthetic reviews metrics llama lora proximal rqvae trie embed journal paper lightgcn sasrec download race",  # alone
     "stages semantic_ids tokens hub theory beam checkpoint pisa",  # two things joined
     "cumulative evaluate prepare report keeper twotower",  # the mechanism
     "continual reopen",
     "evorec recommend export",
-    "run explain bench",  # using it
-    "cells doctor", "scores", "experiments",
+    "run explain race_llama",  # using it
+    "cells doctor bench", "scores", "experiments",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 EXTRAS = {"transformers", "peft", "scipy", "matplotlib", "pytest", "hypothesis"}
@@ -94,12 +94,13 @@ def test_functions_are_short(module):
 
 
 def test_files_are_short():
-    """A file has at most 300 lines, train.py 180, the package 5,900 that are not blank."""
+    """A file has at most 300 lines, train.py 180, the package 6,600 that are not blank (some 650 of them only measure
+    speed: bench.py, race*.py)."""
     lines = {name: len(path.read_text().splitlines()) for name, path in (FILES | SCRIPTS).items()}
     too_long = {name: n for name, n in lines.items() if n > (180 if name == "train" else 300)}
     assert not too_long, too_long
     filled = sum(bool(line.strip()) for path in FILES.values() for line in path.read_text().splitlines())
-    assert filled <= 5900, filled
+    assert filled <= 6600, filled
 
 
 def test_every_file_says_what_it_is(module):
