@@ -4,6 +4,7 @@
     python train.py --dataset DIR --users 2000              your reviews (the Hub's schema), or the authors' blocks
     python train.py --dataset instruments --lambda 2.0      the paper: Llama-3.2-1B on one GPU
     python train.py --method single --compare "" --seed 1   one baseline alone
+    torchrun --nproc_per_node 8 train.py ...                the same on eight GPUs
     python train.py ... --resume                            goes on after Ctrl-C, kill or power cut, to the same bytes
 
 Every number is a flag: --help lists them with their sources. A run ends with RUN/results.json.
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from minipeso import config, continual, disk, report, signals
+from minipeso import config, continual, disk, parallel, prepare, report, signals
 from minipeso.config import Config
 from minipeso.evaluate import reference_hits
 from minipeso.explain import dry_run, explain
@@ -22,6 +23,11 @@ from minipeso.run import learn_first, learn_later, set_up, two_towers
 
 
 def main(cfg: Config) -> None:
+    with parallel.joined(prepare.device_of(cfg)):
+        start(cfg)
+
+
+def start(cfg: Config) -> None:
     # knobs
     methods = [continual.method_named(name) for name in cfg.methods]
     for method in methods:

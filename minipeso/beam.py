@@ -1,9 +1,12 @@
 """Beam search over the trie: the ten best items of every user, with their log-probabilities.
 
 Release: transformers' generate(), which computes the prompt once per beam, one user at a time.
-Here: a batch of users; the prompt once per user; its keys and values shared by the beams.
+Here: a batch of users; the template's beginning once for all, the prompt once per user; its keys and values
+shared by the beams; of the vocabulary's logits only the level's are kept.
 """
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +16,21 @@ from minipeso.trie import Trie
 
 
 @torch.no_grad()
-def beam_search(model: Llama, prompts: list[Tensor], trie: Trie, first_token: int,
-                beams: int = 10) -> tuple[Tensor, Tensor]:
-    """codes (n, beams, L) and scores (n, beams), best first, for prompts of any lengths >= 1.
+def computed(model: Llama, head: Sequence[int]) -> KVCache | None:
+    """Keys and values of the tokens with which all prompts begin, for `beam_search` to start from; None where
+    that saves nothing. They hold until the model changes."""
+    if len(head) < 2:
+        return None
+    cache = KVCache(model.config, 1, len(head), model.model.norm.weight)
+    model.model(torch.tensor([head], device=model.device), cache=cache)
+    return cache
+
+
+@torch.no_grad()
+def beam_search(model: Llama, prompts: list[Tensor], trie: Trie, first_token: int, beams: int = 10,
+                head: KVCache | None = None) -> tuple[Tensor, Tensor]:
+    """codes (n, beams, L) and scores (n, beams), best first, for prompts of any lengths >= 1. `head`: what was
+    computed of their common beginning, which is shorter than any.
 
     The score of an item is sum_l log p(code_l | prompt, code_<l) under the softmax over the *whole*
     vocabulary; forbidden codes are left out without renormalising what remains (Paper, Release and
@@ -27,12 +42,16 @@ def beam_search(model: Llama, prompts: list[Tensor], trie: Trie, first_token: in
     when beams are re-ranked, only the mask's rows are.
     """
     n, device = len(prompts), prompts[0].device
+    longest = max(map(len, prompts))
     lengths = torch.tensor([len(p) for p in prompts], device=device)  # (n,)
-    longest = int(lengths.max())
-    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (n, longest), padded on the right
     cache = KVCache(model.config, n, longest + beams * (trie.levels - 1), model.model.norm.weight)
+    if head:
+        cache.begin(head)
+    past = cache.length
+    rest = [p[past:] for p in prompts]
+    ids = torch.nn.utils.rnn.pad_sequence(rest, batch_first=True)  # (n, longest - past), padded on the right
     hidden = model.model(ids, cache=cache)  # causal: a prompt never sees the padding behind it
-    hidden = hidden[torch.arange(n, device=device), lengths - 1][:, None]  # (n, 1, d)
+    hidden = hidden[torch.arange(n, device=device), lengths - past - 1][:, None]  # (n, 1, d)
 
     score = hidden.new_zeros(n, 1, dtype=torch.float32)  # one beam, the root
     state = torch.zeros(n, 1, dtype=torch.long, device=device)
@@ -46,9 +65,7 @@ def beam_search(model: Llama, prompts: list[Tensor], trie: Trie, first_token: in
             sees = torch.cat([sees, itself], -1)  # (n, k, slots)
             positions = (lengths[:, None] + level - 1).expand(n, k)
             hidden = model.model(tokens, positions, sees[:, None], cache)  # (n, k, d)
-        logits = model.head(hidden)  # (n, k, V)
-        token = first_token + level * trie.n_codes
-        log_p = logits[..., token:token + trie.n_codes] - logits.logsumexp(-1, keepdim=True)
+        log_p = model.lm_head.log_p(hidden, first_token + level * trie.n_codes, trie.n_codes)  # (n, k, n_codes)
         child, child_state = trie.step(state, level)  # (n, k, width) each
         gain = log_p.gather(-1, child.clamp(min=0)).masked_fill(child < 0, -torch.inf)
         total = (score[..., None] + gain).flatten(1)  # (n, k * width)

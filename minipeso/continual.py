@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeso import parallel
 from minipeso.checkpoint import Snapshot, restore
 from minipeso.config import Config, UsageError, unknown
 from minipeso.cumulative import InfLoRALinear, SDLoRALinear, SumLoRALinear, design_inflora, variants
 from minipeso.keeper import Keeper, Progress
 from minipeso.llama import Llama
-from minipeso.lora import LoRALinear, adapter_parameters, adapters, rewrap, watching
-from minipeso.proximal import PROXIMALS, output_kl
+from minipeso.lora import LoRALinear, adapter_parameters, adapters, rewrap
+from minipeso.objective import Loss, anchored, answer_loss, stage_loss
+from minipeso.proximal import PROXIMALS
 from minipeso.stages import Example, Stage, examples
-from minipeso.tokens import IGNORE, Batch, Row, Template, batches, collate, rows
+from minipeso.tokens import Batch, Row, Template, batches, collate, rows
 
 
 # -- the table of methods ---------------------------------------------------------------------------
@@ -85,56 +86,6 @@ def penalty_named(cfg: Config, method: Method) -> str:
     return name
 
 
-# -- the objective ----------------------------------------------------------------------------------
-
-def answer_loss(model: Llama, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Eq. 2: the mean of -log p over the answers' tokens. The head sees only their positions."""
-    at = batch.labels != IGNORE  # (n, l)
-    hidden = model.model(batch.ids, batch.positions, batch.mask)[at]  # (answers * L, d)
-    return F.cross_entropy(model.head(hidden) / temperature, batch.labels[at])
-
-
-def anchored(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(A, B, A_prev, B_prev) of every adapted layer."""
-    return [(layer.A, layer.B, layer.A_prev, layer.B_prev) for _, layer in adapters(model)]
-
-
-class Loss(NamedTuple):
-    ce: Tensor
-    prox: Tensor  # before lam
-    total: Tensor
-
-
-def stage_loss(model: Llama, batch: Batch, penalty: str, lam: float, temperature: float = 1.0,
-               groups: str = "module", reduction: str = "sum", scale: str = "none") -> Loss:
-    """Eq. 12 (Eq. 6 with penalty "l2" or "quadratic"): CE + lam * penalty over the groups of the adapter."""
-    if penalty == "none":
-        ce = answer_loss(model, batch, temperature)
-        return Loss(ce, ce.new_zeros(()), ce)
-    if penalty == "output-kl":
-        ce, prox = output_loss(model, batch, temperature, reduction)
-    else:
-        ce = answer_loss(model, batch, temperature)
-        prox = PROXIMALS[penalty](anchored(model), groups, reduction, scale)
-    return Loss(ce, prox, ce + lam * prox)
-
-
-def output_loss(model: Llama, batch: Batch, temperature: float, reduction: str) -> tuple[Tensor, Tensor]:
-    """(CE, sum or mean over layers of output_kl): what each adapter and its anchor make of the layer's
-    input in this very forward pass, on real tokens, without dropout."""
-    layers = []
-
-    def see(name: str, layer: LoRALinear, x: Tensor) -> None:
-        x = x[batch.real].to(layer.A.dtype) * layer.scale  # (tokens, d_in)
-        y, y_prev = F.linear(F.linear(x, layer.A), layer.B), F.linear(F.linear(x, layer.A_prev), layer.B_prev)
-        layers.append(output_kl(y, y_prev))
-
-    with watching(model, see):
-        ce = answer_loss(model, batch, temperature)
-    total = torch.stack(layers).sum()
-    return ce, total / len(layers) if reduction == "mean" else total
-
-
 # -- one stage --------------------------------------------------------------------------------------
 
 class Plan(NamedTuple):
@@ -146,6 +97,23 @@ class Plan(NamedTuple):
     batch: int  # pairs a step
     penalty: str = "none"
     extra: Callable[[Llama], Tensor] | None = None  # a term of another system's (EvoRec's consistency)
+
+
+class Objective(nn.Module):
+    """stage_loss of a model by a plan, as a module: what torch can spread over processes. The CE of each is
+    weighted by its share of the batch's pairs, times their number, so that the mean is that of the whole batch."""
+
+    def __init__(self, model: Llama, plan: Plan, cfg: Config):
+        super().__init__()
+        self.model, self.plan, self.cfg = model, plan, cfg
+
+    def forward(self, batch: Batch, weight: float = 1.0) -> Loss:
+        cfg = self.cfg
+        loss = stage_loss(self.model, batch, self.plan.penalty, cfg.lam, cfg.temperature, cfg.groups, cfg.reduction,
+                          cfg.prox_scale)
+        if self.plan.extra:
+            loss = loss._replace(total=loss.total + self.plan.extra(self.model))
+        return loss if weight == 1 else loss._replace(total=loss.total + (weight - 1) * loss.ce)
 
 
 Log = Callable[[dict], None]
@@ -237,15 +205,19 @@ def train_stage(model: Llama, train: list[Example], valid: list[Example], templa
     optimiser = torch.optim.AdamW(parameters.values(), lr=plan.lr, weight_decay=cfg.weight_decay, fused=True)
     data, checks = rows(train, template), rows(valid, template)
     steps = plan.epochs * math.ceil(len(train) / plan.batch)
+    objective = parallel.adding_up(Objective(model, plan, cfg))
     at = keeper.begin(Progress(parameters, optimiser))
     for epoch in range(at.epoch, plan.epochs):
         seed = (cfg.seed * 1009 + plan.stage) * 1009 + epoch
-        torch.manual_seed(seed)  # dropout's only source
+        torch.manual_seed(seed + (parallel.rank() << 40))  # dropout's only source
         model.train()
         for chosen in keeper.steps(at, batches(data, plan.batch, torch.Generator().manual_seed(seed))):
             optimiser.param_groups[0]["lr"] = plan.lr * learning_rate(at.step, steps, cfg.warmup)
-            record = train_step(model, collate(chosen, model.device), optimiser, plan, cfg)
-            log({"stage": plan.stage, "epoch": epoch, "step": at.step + 1, "steps": steps, **record})
+            pairs, mine = sum(row.pairs for row in chosen), parallel.share(chosen)
+            batch = collate(mine or chosen[:1], model.device)
+            weight = batch.pairs * parallel.size() / pairs if mine else 0.0
+            record = train_step(objective, batch, optimiser, plan, cfg, weight)
+            log({"stage": plan.stage, "epoch": epoch, "step": at.step + 1, "steps": steps, "pairs": pairs, **record})
         loss = mean_loss(model, checks, cfg.temperature)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is no longer finite at stage {plan.stage}\n"
@@ -256,13 +228,11 @@ def train_stage(model: Llama, train: list[Example], valid: list[Example], templa
     at.take_best()
 
 
-def train_step(model: Llama, batch: Batch, optimiser, plan: Plan, cfg: Config) -> dict[str, float]:
+def train_step(objective: nn.Module, batch: Batch, optimiser, plan: Plan, cfg: Config, weight: float = 1.0) -> dict:
     """One step of AdamW; what the log should know of it. prox_ce_ratio is
     || lam d prox/dv || / || d CE/dv || over the adapter: how hard the anchor pulls."""
-    loss = stage_loss(model, batch, plan.penalty, cfg.lam, cfg.temperature, cfg.groups, cfg.reduction, cfg.prox_scale)
-    if plan.extra:
-        loss = loss._replace(total=loss.total + plan.extra(model))
-    v = [p for p in adapter_parameters(model) if p.requires_grad]
+    loss = objective(batch, weight)
+    v = [p for p in adapter_parameters(objective) if p.requires_grad]
     pull = torch.autograd.grad(cfg.lam * loss.prox, v, retain_graph=True) if loss.prox.requires_grad else []
     optimiser.zero_grad()
     loss.total.backward()
@@ -273,8 +243,9 @@ def train_step(model: Llama, batch: Batch, optimiser, plan: Plan, cfg: Config) -
         raise FloatingPointError(f"the loss is no longer finite at stage {plan.stage}\nce {loss.ce.item()}, prox "
                                  f"{loss.prox.item()}, gradient norm {total.item()}\nlower --lr or --lambda")
     optimiser.step()
-    return {"ce": loss.ce.item(), "prox": loss.prox.item(), "prox_ce_ratio": ratio,
-            "lr": optimiser.param_groups[0]["lr"], "tokens": batch.ids.numel(), "pairs": batch.pairs}
+    ce = parallel.total(weight * loss.ce.detach()).item() / parallel.size()
+    return {"ce": ce, "prox": loss.prox.item(), "prox_ce_ratio": ratio,
+            "lr": optimiser.param_groups[0]["lr"], "tokens": batch.ids.numel() * parallel.size()}
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
@@ -291,6 +262,6 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 def mean_loss(model: Llama, data: list[Row], temperature: float, pairs: int = 512) -> float:
     """The cross-entropy of all pairs, every pair weighing the same."""
     model.eval()
-    chosen = [collate(some, model.device) for some in batches(data, pairs, torch.Generator())]
+    chosen = [collate(some, model.device) for some in parallel.share(batches(data, pairs, torch.Generator()))]
     total = sum(answer_loss(model, batch, temperature).item() * batch.pairs for batch in chosen)
-    return total / sum(batch.pairs for batch in chosen)
+    return parallel.total(torch.tensor(total, dtype=torch.float64)).item() / sum(row.pairs for row in data)

@@ -1,4 +1,4 @@
-"""What a run writes is there whole or not at all, and one process at a time writes it.
+"""What a run writes is there whole or not at all, and one process at a time writes it (the first of torchrun's).
 
 A file or folder gets its name when it is complete and on the disk; until then it is called
 .NAME.part-PID, which the next start removes. A committed folder carries a manifest:
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minipeso import parallel
+
 PART = re.compile(r"\..+\.part-\d+")
 
 
@@ -26,6 +28,8 @@ class CheckpointError(Exception):
 
 def write_file(path: Path, data: bytes | str) -> None:
     """A crash at any point leaves the old file or the new one."""
+    if parallel.rank():
+        return
     with _part(path) as part:
         _flush(part, data.encode() if isinstance(data, str) else data)
         os.replace(part, path)
@@ -35,6 +39,8 @@ def write_file(path: Path, data: bytes | str) -> None:
 def commit(folder: Path, files: dict[str, bytes]) -> None:
     """A folder of these files and their manifest. A crash at any point leaves the old folder, the new
     one, or none; never half of one."""
+    if parallel.rank():
+        return
     manifest = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     with _part(folder) as part:
         remove(part)
@@ -64,7 +70,7 @@ def read(folder: Path) -> dict[str, bytes]:
 
 def remove(path: Path) -> None:
     """A folder goes at once, by name, then its content: what is left of it is never taken for a whole one."""
-    if path.is_dir():
+    if path.is_dir() and not parallel.rank():
         if not PART.fullmatch(path.name):
             path = path.rename(path.with_name(f".{path.name}.part-{os.getpid()}0"))
         shutil.rmtree(path)
@@ -72,7 +78,7 @@ def remove(path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Removes what writing left unfinished in `folder` when it was killed."""
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in folder.iterdir() if folder.is_dir() and not parallel.rank() else ():
         if PART.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -81,6 +87,9 @@ def sweep(folder: Path) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """Holds folder/run.lock; ValueError names the process that has it. The lock falls with the process,
     however it ends: a file that a dead one left is taken over."""
+    if parallel.rank():  # the first has it for all
+        yield
+        return
     with refused(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked(folder / "run.lock")

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minipeso.beam import beam_search
+from minipeso import parallel
+from minipeso.beam import beam_search, computed
 from minipeso.llama import Llama
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.stages import Example, Stage
@@ -41,19 +42,19 @@ class Ranker:
 
         hit "item": items that share an ID take their places one after another, by item number, so
         a shared ID is no free hit. hit "id" (Release): the ID's place, whoever shares it.
-        Every example counts; those of like length are searched together.
+        Every example counts, and is ranked by one process; those of like length are searched together.
         """
         model.eval()
-        trie = self.trie.to(model.device)
+        trie, head = self.trie.to(model.device), computed(model, self.template.head)
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].history))
         ranks = torch.zeros(len(examples), dtype=torch.long)
-        for start in range(0, len(order), batch):
+        for start in parallel.share(range(0, len(order), batch)):
             some = order[start:start + batch]
             prompts = [self.template.prompt(examples[i].history).to(model.device) for i in some]
-            codes, _ = beam_search(model, prompts, trie, self.template.first_token, self.beams)
+            codes, _ = beam_search(model, prompts, trie, self.template.first_token, self.beams, head)
             ranks[some] = self._ranks(self._key(codes.cpu()), [examples[i].target for i in some])
-            progress(len(some))
-        return ranks
+            progress(len(some) * parallel.size())
+        return parallel.total(ranks)
 
     def _ranks(self, found: Tensor, targets: list[int]) -> Tensor:
         """found (n, beams) keys, best first -> ranks (n,)."""

@@ -9,12 +9,12 @@ import torch
 from minipeso import prepare
 from minipeso.beam import beam_search
 from minipeso.config import Config
-from minipeso.continual import answer_loss
 from minipeso.download import REVIEWS, cached, reviews_files
 from minipeso.evaluate import Ranker
 from minipeso.hub import folder_at_hand, read_config
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.lora import adapter_parameters, inject
+from minipeso.objective import answer_loss
 from minipeso.reviews import dataset_schema
 from minipeso.semantic_ids import LETTERS, SemanticIDs
 from minipeso.stages import Example, examples, statistics, statistics_table

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from minipeso import parallel
+
 EVERY = 10  # training steps between two lines of metrics.jsonl
 
 
@@ -30,8 +32,9 @@ class Journal:
             self.say(json.dumps({"name": self.name, **record}, allow_nan=False) + "\n")
 
     def say(self, lines: str) -> None:
-        with open(self.path, "a") as file:
-            file.write(lines)
+        if not parallel.rank():
+            with open(self.path, "a") as file:
+                file.write(lines)
         self.text += lines
 
     def replay(self, text: str, seconds: float) -> None:
@@ -51,7 +54,7 @@ class Journal:
             return self.tick(record.get("pairs", 0))
         if self.bar is None:
             self.bar = tqdm(total=record["steps"], desc=f"{self.name} D{record['stage']}", unit="step", leave=False,
-                            initial=record["step"] - 1)
+                            initial=record["step"] - 1, disable=parallel.rank() > 0)
             self.began, self.tokens = time.perf_counter(), 0
         if record.get("last"):
             self.bar.close()
@@ -72,7 +75,7 @@ def counter(name: str, total: int, unit: str) -> Callable[[int], None]:
     def advance(n: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(total=total, desc=name, unit=unit, leave=False)
+            bar = tqdm(total=total, desc=name, unit=unit, leave=False, disable=parallel.rank() > 0)
         bar.update(n)
         if bar.n >= total:
             bar.close()

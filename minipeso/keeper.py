@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minipeso import checkpoint, disk, signals
+from minipeso import checkpoint, disk, parallel, signals
 from minipeso.disk import CheckpointError
 from minipeso.journal import Journal
 
@@ -117,9 +117,10 @@ class Keeper:
         signals.leave()
 
     def save(self, at: Progress) -> None:
-        """If it is due, or the process is about to end."""
+        """If it is due, or the process is about to end. With several processes only finished phases are
+        kept: each has a random state of its own."""
         began = time.monotonic()
-        if self.folder is None or began < Keeper.due and not signals.Request.signum:
+        if self.folder is None or parallel.size() > 1 or began < Keeper.due and not signals.Request.signum:
             return
         self.write(f"{self.phase}.step-{at.step}", *at.packed())
         for old in self.states()[:-KEPT]:

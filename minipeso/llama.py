@@ -134,6 +134,13 @@ class KVCache:
         keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
         return keys[:, :, :end], values[:, :, :end]  # (n, g, end, e)
 
+    def begin(self, start: KVCache) -> None:
+        """An empty cache begins with the one row that `start` holds, the same for all n."""
+        for mine, its in zip(self.layers, start.layers):
+            for to, whence in zip(mine, its):
+                to[:, :, :start.length] = whence[:, :, :start.length]
+        self.length = start.length
+
 
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
@@ -210,6 +217,15 @@ class TokenTable(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
         return y if self.rows is None else torch.cat([y, F.linear(x, self.rows.to(x.dtype))], -1)  # (..., V)
+
+    def log_p(self, x: Tensor, first: int, count: int, at_once: int = 16384) -> Tensor:
+        """log softmax(logits)[first : first + count], (..., count): the softmax is over the whole vocabulary, of
+        which no more than `at_once` logits exist at a time."""
+        old, rows = len(self.weight), self.weight[:0] if self.rows is None else self.rows.to(x.dtype)
+        parts = [*self.weight.split(at_once), *rows.split(at_once)]
+        total = torch.stack([F.linear(x, part).to(wide(x.dtype)).logsumexp(-1) for part in parts if len(part)])
+        some = torch.cat([self.weight[first:first + count], rows[max(first - old, 0):max(first + count - old, 0)]])
+        return F.linear(x, some).to(wide(x.dtype)) - total.logsumexp(0)[..., None]
 
 
 class LlamaModel(nn.Module):

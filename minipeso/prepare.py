@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from minipeso import parallel
 from minipeso.config import BASES, CATEGORIES, Config, UsageError
 from minipeso.download import fetch_reviews
 from minipeso.embed import llama_vectors, title_vectors
@@ -53,8 +54,9 @@ def load_dataset(cfg: Config, folder: Path) -> Dataset:
     A subset of the users (cfg.users) keeps the whole catalogue, so that its figures are estimates
     of the full run's, not of an easier problem.
     """
-    source = write_world(folder, cfg.world_users, cfg.world_items, cfg.world_alpha, cfg.data_seed) \
-        if cfg.dataset == "demo" else Path(cfg.dataset)
+    source = folder if cfg.dataset == "demo" else Path(cfg.dataset)
+    if cfg.dataset == "demo" and not parallel.rank():
+        write_world(folder, cfg.world_users, cfg.world_items, cfg.world_alpha, cfg.data_seed)
     category = category_of(cfg.dataset)
     if category:
         data = _from_reviews(cfg, *fetch_reviews(category))

@@ -18,9 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minipeso.beam import beam_search
 from minipeso.config import UsageError, resolve
-from minipeso.continual import answer_loss, choose_trainable
+from minipeso.continual import choose_trainable
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.lora import TARGETS, adapters, inject
+from minipeso.objective import answer_loss
 from minipeso.prepare import llama_config
 from minipeso.stages import Example, Stage, examples
 from minipeso.tokens import IGNORE, Template, code_tokens, collate, rows

@@ -40,27 +40,27 @@ def find_user(run: Reopened, name: str, known: dict[int, list[int]]) -> int:
     return users[name]
 
 
-def top_items(run: Reopened, some: Sequence[list[int]], top: int = 10) -> list[list[tuple[int, float]]]:
+def top_items(run: Reopened, some: Sequence[list[int]], top: int = 10, ranker: Ranker | None = None
+              ) -> list[list[tuple[int, float]]]:
     """[(item, score), ...] a history, best first: real items, each once; those that share an ID follow one
-    another, by number, with the ID's score."""
-    known = set(run.known)
-    ranker = Ranker(run.ids, run.known, run.template)
+    another, by number, with the ID's score. `ranker`: the one of an earlier call, whose trie is as good."""
+    ranker = ranker or Ranker(run.ids, run.known, run.template)
     prompts = [run.template.prompt(taken[-run.cfg.window:]).to(run.model.device) for taken in some]
     codes, scores = beam_search(run.model, prompts, ranker.trie.to(run.model.device), run.template.first_token,
                                 max(top, run.cfg.beams))
     found = []
     for row, row_scores in zip(codes.tolist(), scores.tolist(), strict=True):
         found.append([(item, score) for code, score in zip(row, row_scores) if code[0] >= 0
-                      for item in run.ids.item_of(code) if item in known][:top])
+                      for item in run.ids.item_of(code) if item in ranker.place][:top])
     return found
 
 
 def answers(run: Reopened, users: dict[int, list[int]], progress: Callable[[int], None] = lambda n: None) -> Iterator[dict]:
     """One record a user, searched cfg.eval_batch at a time."""
-    pairs = list(users.items())
+    pairs, ranker = list(users.items()), Ranker(run.ids, run.known, run.template)
     for start in range(0, len(pairs), run.cfg.eval_batch):
         batch = pairs[start:start + run.cfg.eval_batch]
-        for (user, taken), found in zip(batch, top_items(run, [taken for _, taken in batch]), strict=True):
+        for (user, taken), found in zip(batch, top_items(run, [taken for _, taken in batch], ranker=ranker), strict=True):
             yield {"user": name_of(run, user), "stage": run.stage, "history": [described(run, item) for item in taken],
                    "items": [described(run, item) | {"score": round(score, 4)} for item, score in found]}
         progress(len(batch))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minipeso import checkpoint, continual, disk, prepare, report
+from minipeso import checkpoint, continual, disk, parallel, prepare, report
 from minipeso.checkpoint import Snapshot, packed, restore, snapshot, unpacked
 from minipeso.config import Config, UsageError
 from minipeso.evaluate import Ranker
@@ -79,7 +79,9 @@ def load(cfg: Config) -> tuple[prepare.Dataset, str]:
 
 def two_towers(cfg: Config) -> tuple[prepare.Dataset, dict[str, dict[str, Tensor]], Clock]:
     """A run of two-tower methods alone: they share the data with the LLM, and need no base."""
-    data, clock, ranks = load(cfg)[0], Clock(), {}
+    with parallel.first_goes_ahead():
+        data = load(cfg)[0]
+    clock, ranks = Clock(), {}
     towers = TwoTowers(data.stages, data.known, len(data.keys), cfg)
     for name in cfg.methods:
         ranks[name] = towers.learn(name)
@@ -90,14 +92,15 @@ def two_towers(cfg: Config) -> tuple[prepare.Dataset, dict[str, dict[str, Tensor
 def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
     """Data, semantic IDs, prompts, and the base model with a new adapter."""
     out, clock = Path(cfg.out), Clock()
-    prepare.open_gate(cfg)
-    data, stats = load(cfg)
-    clock("data")
+    with parallel.first_goes_ahead():
+        prepare.open_gate(cfg)
+        data, stats = load(cfg)
+        clock("data")
 
-    # semantic IDs: text -> vector -> RQ-VAE -> L codes an item
-    model, tokenizer = prepare.load_model(cfg), prepare.load_tokenizer(cfg)
-    epochs = (lambda n: None) if tick else counter("RQ-VAE", cfg.rqvae_epochs, "epoch")
-    ids = once(out, data, lambda: prepare.semantic_ids(cfg, data, model, tokenizer, lambda epoch, loss: epochs(1)))
+        # semantic IDs: text -> vector -> RQ-VAE -> L codes an item
+        model, tokenizer = prepare.load_model(cfg), prepare.load_tokenizer(cfg)
+        epochs = (lambda n: None) if tick else counter("RQ-VAE", cfg.rqvae_epochs, "epoch")
+        ids = once(out, data, lambda: prepare.semantic_ids(cfg, data, model, tokenizer, lambda epoch, loss: epochs(1)))
     template = prepare.make_template(cfg, ids, tokenizer)
     print(ids.table(), end="\n\n")
     ids.save(out / "semantic_ids.json")

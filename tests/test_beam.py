@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeso.beam import beam_search
+from minipeso.beam import beam_search, computed
 from minipeso.hub import load_llama
-from minipeso.llama import Llama
+from minipeso.llama import Llama, TokenTable
 from minipeso.lora import adapter_parameters, inject
 from minipeso.trie import Trie
 from tests.reference import answer_log_p, dict_trie, slow_beam, toy_llama, transformers_llama
@@ -204,3 +204,36 @@ def test_bfloat16_models_score_in_float32():
     scores = [beam_search(model_for(dtype=dtype), batch, trie, 1)[1] for dtype in (torch.bfloat16, torch.float32)]
     assert all(s.dtype == torch.float32 and not s.requires_grad for s in scores)
     assert (scores[0] - scores[1]).abs().max() < 0.5, f"{(scores[0] - scores[1]).abs().max():.3f} apart"
+
+
+# ---- what is computed once
+
+
+@pytest.mark.parametrize("length", [2, 5])
+def test_a_common_beginning_is_computed_once(length):
+    """Prompts that begin with the same tokens, from their keys and values: the same items and scores to 1e-10, and
+    the model sees the rest alone."""
+    model, codes = model_for(), catalogue(200)
+    head, seen = list(range(length)), []
+    batch = [torch.cat([torch.tensor(head), rest]) for rest in prompts([7, 1, 12])]
+    trie = Trie(codes, N_CODES)
+    found, scores = beam_search(model, batch, trie, 1)
+    start = computed(model, head)
+    model.model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    again, same = beam_search(model, batch, trie, 1, head=start)
+    assert torch.equal(found, again) and (scores - same).abs().max() <= 1e-10
+    assert seen == [(3, 12), (3, 8), (3, 10), (3, 10)], "a first level of 8 codes"
+    assert computed(model, head[:1]) is None
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 16384])
+@pytest.mark.parametrize("first", [0, 15, 18, 20, 29])
+def test_a_part_of_the_log_softmax(at_once, first):
+    """The part first .. first + 5 of a 34-token vocabulary, 20 of the checkpoint and 14 new rows: as cut from the
+    whole log-softmax, however many logits are computed at once."""
+    table = TokenTable(20, 6).double()
+    torch.nn.init.normal_(table.weight)
+    table.grow(14, 1.0, torch.Generator().manual_seed(0))
+    x = torch.randn(3, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    want = table.logits(x).log_softmax(-1)[..., first:first + 5]
+    torch.testing.assert_close(table.log_p(x, first, 5, at_once), want, rtol=0, atol=1e-12)

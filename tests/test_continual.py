@@ -13,9 +13,10 @@ from torch import Tensor
 import train
 from minipeso import continual
 from minipeso.checkpoint import restore, snapshot
-from minipeso.continual import METHODS, Plan, stage_loss
+from minipeso.continual import METHODS, Objective, Plan
 from minipeso.llama import Llama
 from minipeso.lora import LoRALinear, adapter_parameters, adapters, rewrap
+from minipeso.objective import anchored, answer_loss, stage_loss
 from minipeso.proximal import PROXIMALS
 from minipeso.run import Run
 from minipeso.stages import examples
@@ -145,7 +146,7 @@ def test_cross_entropy_is_the_mean_log_probability_of_the_answers(scratch):
     now = fresh(scratch)
     now.model.eval()
     pairs = examples(now.data.stages[0], "train", 4)[:5]
-    loss = continual.answer_loss(now.model, collate(rows(pairs, now.template)))
+    loss = answer_loss(now.model, collate(rows(pairs, now.template)))
     log_p = [answer_log_p(now.model, now.template.prompt(e.history).tolist(), now.template.answer(e.target))
              for e in pairs]
     assert loss.item() == pytest.approx(-sum(log_p) / (5 * now.cfg.levels), rel=1e-5)
@@ -202,7 +203,7 @@ def test_the_anchor_is_the_end_of_the_stage_before(scratch):
         anchors = []
 
         def look(record):
-            anchors.append([M.clone() for *_, A, B in continual.anchored(now.model) for M in (A, B)])
+            anchors.append([M.clone() for *_, A, B in anchored(now.model) for M in (A, B)])
         later(now, "peso", t, log=look)
         assert anchors and all(torch.equal(a, e) for anchor in anchors for a, e in zip(anchor, end, strict=True))
         assert not all(torch.equal(p, e) for p, e in zip(adapter_parameters(now.model), end))
@@ -309,7 +310,7 @@ def test_a_huge_lambda_keeps_the_adapter_at_its_anchor(scratch, monkeypatch):
     for lam in (0.0, 1e2, 1e4, 1e6):
         now = fresh(start, lam=lam)
         module = lambda at: [torch.cat([A.flatten(), B.flatten()]).detach()  # noqa: E731
-                             for A, B in (m[at:at + 2] for m in continual.anchored(now.model))]
+                             for A, B in (m[at:at + 2] for m in anchored(now.model))]
         before = module(0)
         later(now, "peso")
         steps = torch.cat([(v - u) - (v - u).mean() for v, u in zip(module(0), before, strict=True)])
@@ -340,13 +341,16 @@ def test_prox_ce_ratio_is_the_ratio_of_the_gradients(scratch):
     perturb(now.model)
     continual.choose_trainable(now.model, "adapter")
     batch, v = first_batch(now), adapter_parameters(now.model)
-    ce = torch.autograd.grad(continual.answer_loss(now.model, batch), v)
-    prox = torch.autograd.grad(PROXIMALS["kl"](continual.anchored(now.model), "module", "sum"), v)
+    ce = torch.autograd.grad(answer_loss(now.model, batch), v)
+    prox = torch.autograd.grad(PROXIMALS["kl"](anchored(now.model), "module", "sum"), v)
     flat = lambda gradients: torch.cat([g.double().flatten() for g in gradients])  # noqa: E731
     wanted = 40 * flat(prox).norm() / flat(ce).norm()
-    record = continual.train_step(now.model, batch, torch.optim.AdamW(v), Plan(2, 1, 1e-3, 6, "kl"), now.cfg)
+    def step(plan: Plan) -> dict:
+        return continual.train_step(Objective(now.model, plan, now.cfg), batch, torch.optim.AdamW(v), plan, now.cfg)
+
+    record = step(Plan(2, 1, 1e-3, 6, "kl"))
     assert record["prox_ce_ratio"] == pytest.approx(wanted.item(), rel=1e-3)
-    record = continual.train_step(now.model, batch, torch.optim.AdamW(v), Plan(2, 1, 1e-3, 6), now.cfg)
+    record = step(Plan(2, 1, 1e-3, 6))
     assert record["prox_ce_ratio"] == record["prox"] == 0
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from minipeso import export, report
 from minipeso.checkpoint import CheckpointError
 from minipeso.config import UsageError
-from minipeso.continual import answer_loss
 from minipeso.evaluate import Ranker
 from minipeso.export import export_merged, export_peft, llama_version
 from minipeso.lora import adapters
+from minipeso.objective import answer_loss
 from minipeso.recommend import histories, top_items
 from minipeso.reopen import reopen
 from minipeso.stages import examples
@@ -261,7 +261,8 @@ def test_the_release_recipe_is_the_authors_objective(runs):
     """methods.md 1.3-1.6, written out: cross-entropy of codes and <|end_of_text|> at temperature 0.8, over the mean of
     all answer tokens, plus lambda * (mean over modules of KL(A) + mean over modules of KL(B)), both by log_softmax of the
     flattened matrices against the state before; embedding, head and LoRA are what trains."""
-    from minipeso.continual import choose_trainable, stage_loss
+    from minipeso.continual import choose_trainable
+    from minipeso.objective import stage_loss
     ours = reopen(runs["release"], 2)
     model, cfg = ours.model.double().eval(), ours.cfg
     model.model.rotary.speed = model.model.rotary.speed.double()

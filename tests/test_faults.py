@@ -54,11 +54,11 @@ def killed_halfway(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("halfway")
     steps, step = [], continual.train_step
 
-    def dies(model, batch, optimiser, plan, cfg):
+    def dies(objective, batch, optimiser, plan, *rest):
         steps.append(plan)
         if plan[0] == 3 and plan.penalty == "kl" and steps.count(plan) == 3:
             raise Killed
-        return step(model, batch, optimiser, plan, cfg)
+        return step(objective, batch, optimiser, plan, *rest)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(keeper, "SHARE", float("inf"))
         patch.setattr(keeper.Keeper, "due", 0.0)

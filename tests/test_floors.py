@@ -12,10 +12,11 @@ ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted((ROOT / "minipeso").glob("*.py")) if path.stem != "__init__"}
 SCRIPTS = {name: ROOT / f"{name}.py" for name in ("train", "eval")}
 FLOORS = (
+    "parallel",
     "disk signals",  # the system below
     "config synthetic reviews metrics llama lora proximal rqvae trie embed journal paper lightgcn sasrec download race",  # alone
     "stages semantic_ids tokens hub theory beam checkpoint pisa",  # two things joined
-    "cumulative evaluate prepare report keeper twotower",  # the mechanism
+    "cumulative objective evaluate prepare report keeper twotower",  # the mechanism
     "continual reopen",
     "evorec recommend export",
     "run explain race_llama",  # using it

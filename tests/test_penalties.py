@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from minipeso import continual
-from minipeso.continual import METHODS, anchored, answer_loss, stage_loss
+from minipeso.continual import METHODS
 from minipeso.lora import adapter_parameters, adapters, watching
+from minipeso.objective import anchored, answer_loss, stage_loss
 from minipeso.proximal import PROXIMALS
 from minipeso.run import Run
 from minipeso.stages import examples
