@@ -11,24 +11,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minipeso.llama import KVCache, Llama
+from minipeso.cache import Beginning, KVCache
+from minipeso.llama import Llama
 from minipeso.trie import Trie
 
 
 @torch.no_grad()
-def computed(model: Llama, head: Sequence[int]) -> KVCache | None:
+def computed(model: Llama, head: Sequence[int]) -> Beginning | None:
     """Keys and values of the tokens with which all prompts begin, for `beam_search` to start from; None where
     that saves nothing. They hold until the model changes."""
     if len(head) < 2:
         return None
-    cache = KVCache(model.config, 1, len(head), model.model.norm.weight)
-    model.model(torch.tensor([head], device=model.device), cache=cache)
-    return cache
+    start = Beginning()
+    model.model(torch.tensor([head], device=model.device), cache=start)
+    return start
 
 
 @torch.no_grad()
 def beam_search(model: Llama, prompts: list[Tensor], trie: Trie, first_token: int, beams: int = 10,
-                head: KVCache | None = None) -> tuple[Tensor, Tensor]:
+                head: Beginning | None = None) -> tuple[Tensor, Tensor]:
     """codes (n, beams, L) and scores (n, beams), best first, for prompts of any lengths >= 1. `head`: what was
     computed of their common beginning, which is shorter than any.
 
@@ -50,8 +51,8 @@ def beam_search(model: Llama, prompts: list[Tensor], trie: Trie, first_token: in
     past = cache.length
     rest = [p[past:] for p in prompts]
     ids = torch.nn.utils.rnn.pad_sequence(rest, batch_first=True)  # (n, longest - past), padded on the right
-    hidden = model.model(ids, cache=cache)  # causal: a prompt never sees the padding behind it
-    hidden = hidden[torch.arange(n, device=device), lengths - past - 1][:, None]  # (n, 1, d)
+    # causal: a prompt never sees the padding behind it
+    hidden = model.model(ids, cache=cache, at=lengths[:, None] - past - 1)  # (n, 1, d)
 
     score = hidden.new_zeros(n, 1, dtype=torch.float32)  # one beam, the root
     state = torch.zeros(n, 1, dtype=torch.long, device=device)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -206,6 +206,7 @@ def train_stage(model: Llama, train: list[Example], valid: list[Example], templa
     data, checks = rows(train, template), rows(valid, template)
     steps = plan.epochs * math.ceil(len(train) / plan.batch)
     objective = parallel.adding_up(Objective(model, plan, cfg))
+    head = None if plan.penalty == "output-kl" else template.head  # which compares layers at every token
     at = keeper.begin(Progress(parameters, optimiser))
     for epoch in range(at.epoch, plan.epochs):
         seed = (cfg.seed * 1009 + plan.stage) * 1009 + epoch
@@ -214,11 +215,11 @@ def train_stage(model: Llama, train: list[Example], valid: list[Example], templa
         for chosen in keeper.steps(at, batches(data, plan.batch, torch.Generator().manual_seed(seed))):
             optimiser.param_groups[0]["lr"] = plan.lr * learning_rate(at.step, steps, cfg.warmup)
             pairs, mine = sum(row.pairs for row in chosen), parallel.share(chosen)
-            batch = collate(mine or chosen[:1], model.device)
+            batch = collate(mine or chosen[:1], model.device, head)
             weight = batch.pairs * parallel.size() / pairs if mine else 0.0
             record = train_step(objective, batch, optimiser, plan, cfg, weight)
             log({"stage": plan.stage, "epoch": epoch, "step": at.step + 1, "steps": steps, "pairs": pairs, **record})
-        loss = mean_loss(model, checks, cfg.temperature)
+        loss = mean_loss(model, checks, cfg.temperature, head=template.head)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is no longer finite at stage {plan.stage}\n"
                                      f"found {loss} after epoch {epoch}\nlower --lr or --lambda")
@@ -259,9 +260,9 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 
 @torch.no_grad()
-def mean_loss(model: Llama, data: list[Row], temperature: float, pairs: int = 512) -> float:
+def mean_loss(model: Llama, data: list[Row], temperature: float, pairs: int = 512, head: Sequence[int] = ()) -> float:
     """The cross-entropy of all pairs, every pair weighing the same."""
     model.eval()
-    chosen = [collate(some, model.device) for some in parallel.share(batches(data, pairs, torch.Generator()))]
+    chosen = [collate(some, model.device, head) for some in parallel.share(batches(data, pairs, torch.Generator()))]
     total = sum(answer_loss(model, batch, temperature).item() * batch.pairs for batch in chosen)
     return parallel.total(torch.tensor(total, dtype=torch.float64)).item() / sum(row.pairs for row in data)

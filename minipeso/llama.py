@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeso.cache import Beginning, KVCache
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -120,26 +122,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-class KVCache:
-    """Keys and values of all positions so far, (n, g, capacity, e) a layer; it alone knows the position."""
-
-    def __init__(self, config: LlamaConfig, n: int, capacity: int, like: Tensor):
-        shape = (n, config.num_key_value_heads, capacity, config.head_dim)
-        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.num_hidden_layers)]
-        self.length = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.layers[layer]
-        end = self.length + k.shape[2]
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-        return keys[:, :, :end], values[:, :, :end]  # (n, g, end, e)
-
-    def begin(self, start: KVCache) -> None:
-        """An empty cache begins with the one row that `start` holds, the same for all n."""
-        for mine, its in zip(self.layers, start.layers):
-            for to, whence in zip(mine, its):
-                to[:, :, :start.length] = whence[:, :, :start.length]
-        self.length = start.length
+def rows_of(mask: Tensor | None, at: Tensor, l: int) -> Tensor:
+    """The rows at (n, m) of a mask (l, all) or (n, 1, l, all), or of the causal one: (n, 1, m, all)."""
+    if mask is None:
+        mask = torch.ones(l, l, dtype=torch.bool, device=at.device).tril()
+    mask = mask.expand(len(at), 1, *mask.shape[-2:])
+    return mask[torch.arange(len(at), device=at.device)[:, None], 0, at][:, None]
 
 
 class Attention(nn.Module):
@@ -153,18 +141,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, g * e, bias=False)
         self.o_proj = nn.Linear(h * e, d, bias=False)
 
-    def forward(self, x, rope, mask, cache, layer) -> Tensor:
-        n, l, _ = x.shape
-        q = self.q_proj(x).view(n, l, -1, self.e).transpose(1, 2)  # (n, h, l, e)
+    def forward(self, asking, x, ropes, mask, cache, layer) -> Tensor:
+        n, m, l = len(x), asking.shape[1], x.shape[1]
+        q = self.q_proj(asking).view(n, m, -1, self.e).transpose(1, 2)  # (n, h, m, e)
         k = self.k_proj(x).view(n, l, -1, self.e).transpose(1, 2)  # (n, g, l, e)
         v = self.v_proj(x).view(n, l, -1, self.e).transpose(1, 2)  # (n, g, l, e)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = rotate(q, *ropes[0]), rotate(k, *ropes[1])
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (n, g, length + l, e)
         if self.repeat > 1:
             k, v = (t.repeat_interleave(self.repeat, 1) for t in (k, v))  # (n, h, length + l, e)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(y.transpose(1, 2).reshape(n, l, -1))  # (n, l, d)
+        return self.o_proj(y.transpose(1, 2).reshape(n, m, -1))  # (n, m, d)
 
 
 class MLP(nn.Module):
@@ -187,8 +175,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, cache, layer) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+    def forward(self, x, ropes, mask, cache, layer, at=None) -> Tensor:
+        y = asking = self.input_layernorm(x)
+        if at is not None:
+            x, asking = (t.gather(1, at[..., None].expand(-1, -1, t.shape[-1])) for t in (x, y))  # (n, m, d)
+        x = x + self.self_attn(asking, y, ropes, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -237,8 +228,9 @@ class LlamaModel(nn.Module):
         self.rotary = Rotary(config)
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor:
-        """Last hidden states (n, l, d) of ids (n, l).
+                cache: KVCache | Beginning | None = None, at: Tensor | None = None) -> Tensor:
+        """Last hidden states (n, l, d) of ids (n, l); with at (n, m), of these m positions alone, (n, m, d): then
+        the last layer computes keys and values for all, everything else for them.
 
         positions (n, l): of each token; counted on from the cache if not given. mask (n, 1, l, all):
         which of the cached and new positions each token may see; causal if not given. The two
@@ -252,11 +244,16 @@ class LlamaModel(nn.Module):
         if mask is None and past:
             mask = torch.ones(l, past + l, dtype=torch.bool, device=ids.device).tril(past)  # (l, past + l)
         x = self.embed_tokens(ids).to(self.norm.weight.dtype)  # (n, l, d)
-        rope = self.rotary(positions, x.dtype)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, cache, i)
+        ropes = 2 * [self.rotary(positions, x.dtype)]  # of queries and keys
+        *most, last = self.layers
+        for i, layer in enumerate(most):
+            x = layer(x, ropes, mask, cache, i)
+        if at is not None:
+            ropes[0] = self.rotary(positions.expand(ids.shape).gather(1, at), x.dtype)
+            mask = rows_of(mask, at, l)
+        x = last(x, ropes, mask, cache, len(most), at)
         if cache is not None:
-            cache.length = past + l
+            cache.advance(l)
         return self.norm(x)
 
 

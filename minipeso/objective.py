@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeso.cache import Beginning
 from minipeso.llama import Llama
 from minipeso.lora import LoRALinear, adapters, watching
 from minipeso.proximal import PROXIMALS, output_kl
@@ -18,9 +19,15 @@ from minipeso.tokens import IGNORE, Batch
 
 def answer_loss(model: Llama, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Eq. 2: the mean of -log p over the answers' tokens. The head sees only their positions."""
-    at = batch.labels != IGNORE  # (n, l)
-    hidden = model.model(batch.ids, batch.positions, batch.mask)[at]  # (answers * L, d)
-    return F.cross_entropy(model.head(hidden) / temperature, batch.labels[at])
+    start = None
+    if batch.head is not None:
+        start, end = Beginning(), batch.head.new_tensor([[batch.head.shape[1] - 1]])
+        model.model(batch.head, cache=start, at=end)
+    hidden = model.model(batch.ids, batch.positions, batch.mask, start, batch.at)  # (n, l or m, d)
+    labels = batch.labels if batch.at is None else batch.labels.gather(1, batch.at)
+    real = labels != IGNORE
+    logits = model.head(hidden[real])  # (answers * L, V)
+    return F.cross_entropy(logits if temperature == 1 else logits / temperature, labels[real])
 
 
 def anchored(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:

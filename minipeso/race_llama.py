@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minipeso.beam import beam_search
+from minipeso.beam import beam_search, computed
 from minipeso.config import UsageError, resolve
 from minipeso.continual import choose_trainable
 from minipeso.llama import Llama, LlamaConfig
@@ -28,6 +28,8 @@ from minipeso.tokens import IGNORE, Template, code_tokens, collate, rows
 from minipeso.trie import Trie
 
 LEVELS, BEAMS, WINDOW, RANK, ALPHA = 4, 10, 20, 8, 16
+HEAD, TAIL = 36, 18  # words before and after the history, about as many as in Appendix D
+SHAPES = ("tiny", "small", "small-smallvocab", "small-bigvocab")
 
 
 class Case(NamedTuple):
@@ -50,15 +52,17 @@ def libraries():
 
 
 def shape_of(name: str) -> LlamaConfig:
-    """What --base tiny or small trains from scratch; small-bigvocab: 256 units with Llama 3's words."""
-    if name != "small-bigvocab":
+    """What --base tiny or small trains from scratch; small-bigvocab: 256 units with Llama 3's words;
+    small-smallvocab: the same with 1,024 words."""
+    if name in ("tiny", "small"):
         return llama_config(resolve({"base": name}))
-    return replace(shape_of("small"), vocab_size=128256, hidden_size=256, intermediate_size=1024,
-                   num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=32)
+    return replace(shape_of("small"), vocab_size=128256 if name == "small-bigvocab" else 1024, hidden_size=256,
+                   intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=32)
 
 
 def make_case(shape: LlamaConfig, items: int = 26_000, n_codes: int = 256, device="cpu") -> Case:
-    """Random weights and distinct codes. B is not zero as in a new adapter: A would get no gradient."""
+    """Random weights, distinct codes, and a prompt of random words where there are any. B is not zero as in a new
+    adapter: A would get no gradient."""
     generator = torch.Generator().manual_seed(0)
     ours = Llama(shape).initialise(generator, std=0.05)
     ours.grow(LEVELS * n_codes, generator, std=0.05)
@@ -68,7 +72,10 @@ def make_case(shape: LlamaConfig, items: int = 26_000, n_codes: int = 256, devic
         layer.B.data.normal_(0, 0.02, generator=generator)
     keys = np.random.default_rng(0).choice(n_codes**LEVELS, items, replace=False)
     codes = keys[:, None] // n_codes ** np.arange(LEVELS)[::-1] % n_codes  # (items, L)
-    template = Template((0,), (), (), (), code_tokens(codes, n_codes, shape.vocab_size), shape.vocab_size, n_codes)
+    words = torch.randint(shape.vocab_size, (HEAD + TAIL,), generator=generator).tolist()
+    head, tail = (words[:HEAD], words[HEAD:]) if shape.vocab_size > 1 else ([0], [])
+    template = Template(tuple(head), (), tuple(tail), (), code_tokens(codes, n_codes, shape.vocab_size),
+                        shape.vocab_size, n_codes)
     return Case(ours.to(device), peer_of(ours).to(device), template, codes)
 
 
@@ -100,10 +107,16 @@ def draw_pairs(n_items: int, users: int, seed: int) -> list[Example]:
     return examples(Stage(1, {user: [] for user in current}, current), "train", WINDOW)
 
 
+def lone_pairs(n_items: int, users: int, seed: int) -> list[Example]:
+    """One pair a user, each with a full window: nothing that pairs could share."""
+    items = np.random.default_rng(seed).integers(0, n_items, (users, WINDOW + 1)).tolist()
+    return [Example(user, tuple(taken[:-1]), taken[-1], 1) for user, taken in enumerate(items)]
+
+
 def peer_loss(peer, template: Template, tuned: bool, pairs: list[Example]) -> Tensor:
     """Eq. 2 by transformers: one padded row a pair, labels on the answer.
     tuned: padded on the left, so that all answers stand at the end and the head can skip the rest."""
-    parts = [(template.trunk(pair.history), template.answer(pair.target)) for pair in pairs]
+    parts = [(template.prompt(pair.history).tolist(), template.answer(pair.target)) for pair in pairs]
     full = [torch.tensor(prompt + answer) for prompt, answer in parts]
     marked = [torch.tensor([IGNORE] * len(prompt) + answer) for prompt, answer in parts]
     ids, labels = (pad_sequence(some, True, IGNORE, "left" if tuned else "right").to(peer.device)
@@ -114,19 +127,21 @@ def peer_loss(peer, template: Template, tuned: bool, pairs: list[Example]) -> Te
                 use_cache=False).loss
 
 
-def train_contest(case: Case, users: int = 6, steps: int = 4) -> tuple[dict, int, str, str]:
-    """`steps` steps of AdamW on the pairs of `users` users each, about 32. -> runs by name (ours
-    first), how much work a run is, its unit, what was found equal."""
+def train_contest(case: Case, users: int = 6, steps: int = 4, alone: bool = False,
+                  checked: bool = True) -> tuple[dict, int, str, str]:
+    """`steps` steps of AdamW on the pairs of `users` users each, about 32; or `alone`, one pair a user. -> runs by
+    name (ours first), how much work a run is, its unit, what was found equal."""
     ours, peer, template = case.ours.train(), case.peer.train(), case.template
-    data = [draw_pairs(len(case.codes), users, seed) for seed in range(steps)]
+    data = [(lone_pairs if alone else draw_pairs)(len(case.codes), users, seed) for seed in range(steps)]
     contenders = {
-        "ours": (ours, lambda pairs: answer_loss(ours, collate(rows(pairs, template), ours.device))),
+        "ours": (ours, lambda pairs: answer_loss(ours, collate(rows(pairs, template), ours.device, template.head))),
         "peft": (peer, partial(peer_loss, peer, template, False)),
         "peft, head on answers only": (peer, partial(peer_loss, peer, template, True))}
-    loss, grad = same_training(list(contenders.values()), data)
+    equal = "loss to {:.0e}, gradient of A and B to {:.0e}".format(
+        *same_training(list(contenders.values()), data)) if checked else ""
     runs = {name: partial(train, loss_of, data, torch.optim.AdamW(trainable(model), lr=1e-4, fused=True))
             for name, (model, loss_of) in contenders.items()}
-    return runs, sum(map(len, data)), "examples", f"loss to {loss:.0e}, gradient of A and B to {grad:.0e}"
+    return runs, sum(map(len, data)), "examples", equal
 
 
 def same_training(contenders: list[tuple[torch.nn.Module, Callable]], data: list) -> list[float]:
@@ -151,7 +166,7 @@ def train(loss_of: Callable, data: list, optimiser: torch.optim.Optimizer) -> No
         optimiser.step()
 
 
-def generate_contest(case: Case, users: int = 64) -> tuple[dict, int, str, str]:
+def generate_contest(case: Case, users: int = 64, checked: bool = True) -> tuple[dict, int, str, str]:
     """One batch of users with 5 to 20 items. The peer's adapter is merged, which is its faster way."""
     rng = np.random.default_rng(0)
     prompts = [case.template.prompt(rng.integers(0, len(case.codes), n)).to(case.ours.device)
@@ -162,9 +177,11 @@ def generate_contest(case: Case, users: int = 64) -> tuple[dict, int, str, str]:
     tree: dict = {}  # of tokens, nested: the usual companion of generate()
     for item in case.template.items.tolist():
         reduce(lambda node, token: node.setdefault(token, {}), item, tree)
-    runs = {"ours": partial(beam_search, ours, prompts, trie, first, BEAMS),
+    runs = {"ours": partial(beam_search, ours, prompts, trie, first, BEAMS, computed(ours, case.template.head)),
             "generate": partial(peer_search, merged, prompts, tree, False),
             "generate, prompt once a user": partial(peer_search, merged, prompts, tree, True)}
+    if not checked:
+        return runs, users, "users", ""
     codes, scores = runs["ours"]()
     items = codes + first + n_codes * torch.arange(LEVELS, device=codes.device)
     apart = max(same_search(items, scores, *run()) for name, run in runs.items() if name != "ours")
@@ -178,10 +195,11 @@ def peer_search(model, prompts: list[Tensor], tree: dict, tuned: bool) -> tuple[
     ids, seen = (pad_sequence(p, True, 0, "left") for p in (prompts, [torch.ones_like(p) for p in prompts]))
     longest, extra = ids.shape[1], {}  # ids (n, longest)
     if tuned:
-        cache = model(ids[:, :-1], attention_mask=seen[:, :-1], logits_to_keep=1, use_cache=True,
-                      position_ids=(seen.cumsum(1) - 1).clamp(min=0)[:, :-1]).past_key_values
-        cache.batch_repeat_interleave(BEAMS)
-        extra["cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"] = cache
+        prefilled = model(ids[:, :-1], attention_mask=seen[:, :-1], logits_to_keep=1, use_cache=True,
+                          position_ids=(seen.cumsum(1) - 1).clamp(min=0)[:, :-1])
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        extra[name] = getattr(prefilled, name)
+        extra[name].batch_repeat_interleave(BEAMS)
     out = model.generate(ids, attention_mask=seen, max_new_tokens=LEVELS, num_beams=BEAMS, do_sample=False,
                          num_return_sequences=BEAMS, length_penalty=0.0, early_stopping=False, output_scores=True,
                          return_dict_in_generate=True, prefix_allowed_tokens_fn=lambda user, sent: list(

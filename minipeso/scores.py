@@ -245,6 +245,10 @@ def draw(path: Path, name: str, values: dict) -> None:
         skipped = name == "figure4"  # its first row, pretrain, is a level and no rate
         axes.errorbar(list(shown)[skipped:], means[skipped:], [side[skipped:] for side in errors], marker="o", capsize=4)
         axes.axhline(means[0], color="grey", linestyle="--", label="no adaptation" if skipped else "λ = 0")
+        spread = shown[next(iter(shown))]["sd"]
+        axes.axhspan(means[0] - spread, means[0] + spread, color="grey", alpha=0.15, lw=0, label="± sd over seeds")
+        low, high = axes.get_ylim()  # what is small beside the level should look small
+        axes.set_ylim(min(low, 0.9 * means[0]), max(high, 1.1 * means[0]))
         axes.legend(frameon=False)
     axes.set_xlabel({"figure2": "", "figure3": "λ", "figure4": "learning rate of D2.., as a share of D1's"}[name])
     axes.set_ylabel("mean of four metrics, D2-D5")

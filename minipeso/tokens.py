@@ -7,7 +7,7 @@ if each pair stood alone, so loss and gradient are the pairs' own, at a fraction
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -109,6 +109,8 @@ class Batch(NamedTuple):
     mask: Tensor | None  # (n, 1, l, l); None: causal
     real: Tensor  # (n, l); False where a row is padded
     pairs: int
+    head: Tensor | None = None  # (1, p): what all rows begin with, if it is not in them
+    at: Tensor | None = None  # (n, m): where the labels are; None: everywhere is asked for
 
 
 def rows(examples: Iterable, template: Template, share: bool = True) -> list[Row]:
@@ -160,8 +162,10 @@ def _branched(chain: list, template: Template) -> Row:
     return Row(ids, labels, positions, branch, seen, len(chain))
 
 
-def collate(rows: list[Row], device="cpu") -> Batch:
-    """Rows of any lengths, padded on the right; what is padded has no label and is seen by no token."""
+def collate(rows: list[Row], device="cpu", head: Sequence[int] | None = None) -> Batch:
+    """Rows of any lengths, padded on the right; what is padded has no label and is seen by no token. With the
+    template's head, branched rows come without it, to be computed once, and with the places of their labels,
+    where alone the last layer is needed: the same loss, but those who watch a layer see other inputs."""
     ids, labels, positions, branch, seen = (
         torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[i]) for row in rows], True, padding).to(device)
         for i, padding in enumerate((0, IGNORE, 0, 0, 0)))  # (n, l) each
@@ -174,7 +178,11 @@ def collate(rows: list[Row], device="cpu") -> Batch:
     own = branch[:, :, None] == branch[:, None]  # (n, l, l)
     trunk = (branch[:, None] == 0) & (slot < seen[..., None])
     mask = (own | trunk) & (slot <= slot[:, None])
-    return Batch(ids, labels, positions, mask[:, None], real, pairs)
+    if head is None or len(head) < 2:
+        return Batch(ids, labels, positions, mask[:, None], real, pairs)
+    p, most = len(head), max(int((row.labels != IGNORE).sum()) for row in rows)
+    at = (labels[:, p:] != IGNORE).long().argsort(stable=True, dim=1, descending=True)[:, :most]  # (n, most)
+    return Batch(ids[:, p:], labels[:, p:], positions[:, p:], mask[:, None, p:], real[:, p:], pairs, ids[:1, :p], at)
 
 
 def batches(rows: list[Row], pairs: int, generator: torch.Generator, pool: int = 32) -> list[list[Row]]:

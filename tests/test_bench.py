@@ -162,7 +162,7 @@ def test_report_has_a_line_for_every_contender(task, capsys):
 
 def test_ratios_are_of_rounds_not_of_medians(monkeypatch, capsys):
     """A peer at 2, 4 and 3 times ours in three rounds is 3 x ours [2, 4], however the rounds themselves differ."""
-    monkeypatch.setattr(bench, "train_contest", lambda case: ({"ours": None, "peer": None}, 10, "examples", "all"))
+    monkeypatch.setitem(bench.CONTESTS, "train", lambda case: ({"ours": None, "peer": None}, 10, "examples", "all"))
     monkeypatch.setattr(race, "compare", lambda *_: {"ours": [1.0, 10.0, 0.1], "peer": [2.0, 40.0, 0.3]})
     bench.model("train", micro_case(), rounds=3)
     ours, peer = capsys.readouterr().out.splitlines()[-2:]

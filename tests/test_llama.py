@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minipeso.hub import load_llama
-from minipeso.llama import KVCache, Llama, LlamaConfig, rope_frequencies
+from minipeso.cache import KVCache
+from minipeso.llama import Llama, LlamaConfig, rope_frequencies
 from tests.reference import TOY, llama_logits, rotary_speeds, toy_llama, transformers_llama
 
 ONE_B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from minipeso.objective import answer_loss
 from minipeso.tokens import FRAME, IGNORE, QUESTIONS, Row, Template, batches, code_tokens, collate, rows
 from tests.reference import toy_llama
 
@@ -229,25 +230,42 @@ def batched_loss(model, built: list[Row]) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["short", "release", "paper without end"])
 def test_sharing_changes_neither_loss_nor_gradient(made, kind):
-    """Loss and gradient of a padded batch of all users, shared or not, are those of a loop over the
-    pairs, each a plain sequence, to 1e-10."""
+    """Loss and gradient of a padded batch of all users, shared or not, with the template's head computed once
+    and the last layer at the answers alone or not, are those of a loop over the pairs, each a plain sequence, to 1e-10."""
     template, model = made[kind]
     examples = crowd()
-    found = {}
+    found, answers = {}, sum((row.labels != IGNORE).sum() for row in rows(examples, template))
     for name, loss in (("loop", lambda m: loop_loss(m, examples, template)),
                        ("alone", lambda m: batched_loss(m, rows(examples, template, share=False))),
-                       ("shared", lambda m: batched_loss(m, rows(examples, template)))):
+                       ("shared", lambda m: batched_loss(m, rows(examples, template))),
+                       ("lean", lambda m: answers * answer_loss(m, collate(rows(examples, template), head=template.head))),
+                       ("alone, lean", lambda m: answers * answer_loss(m, collate(
+                           rows(examples, template, share=False), head=template.head)))):
         copied = copy.deepcopy(model)
         value = loss(copied)
         value.backward()
         found[name] = value.item(), {n: p.grad for n, p in copied.named_parameters()}
     value, gradient = found["loop"]
-    for name in ("alone", "shared"):
+    for name in found.keys() - {"loop"}:
         assert abs(found[name][0] / value - 1) <= 1e-12, f"{name}: {found[name][0]} against {value}"
         for parameter, want in gradient.items():
             difference = (found[name][1][parameter] - want).abs().max()
             assert difference <= 1e-10 * max(1, want.abs().max()), f"{name}, {parameter}: {difference:.1e}"
             assert want.abs().max() > 1e-3, f"{parameter} has no gradient: nothing is compared"
+
+
+def test_a_lean_batch_asks_for_less(made):
+    """The template's head is in no row, and the last layer's MLP sees the answers' places alone."""
+    template, model = made["release"]
+    whole, lean = (collate(rows(crowd(), template), head=head) for head in (None, template.head))
+    assert lean.ids.shape[1] == whole.ids.shape[1] - len(template.head) and lean.head.tolist() == [list(template.head)]
+    assert (lean.labels.gather(1, lean.at) != IGNORE).sum() == (whole.labels != IGNORE).sum()
+    seen = []
+    hook = model.model.layers[-1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    with torch.no_grad():
+        answer_loss(model, lean)
+    hook.remove()
+    assert seen == [1, max((row.labels != IGNORE).sum() for row in rows(crowd(), template))]
 
 
 def test_a_batch_is_the_sum_of_its_rows(made):
