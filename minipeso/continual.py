@@ -219,7 +219,7 @@ def train_stage(model: Llama, train: list[Example], valid: list[Example], templa
             weight = batch.pairs * parallel.size() / pairs if mine else 0.0
             record = train_step(objective, batch, optimiser, plan, cfg, weight)
             log({"stage": plan.stage, "epoch": epoch, "step": at.step + 1, "steps": steps, "pairs": pairs, **record})
-        loss = mean_loss(model, checks, cfg.temperature, head=template.head)
+        loss = mean_loss(model, checks, cfg.temperature, template.head)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is no longer finite at stage {plan.stage}\n"
                                      f"found {loss} after epoch {epoch}\nlower --lr or --lambda")
@@ -260,7 +260,7 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 
 @torch.no_grad()
-def mean_loss(model: Llama, data: list[Row], temperature: float, pairs: int = 512, head: Sequence[int] = ()) -> float:
+def mean_loss(model: Llama, data: list[Row], temperature: float, head: Sequence[int] = (), pairs: int = 512) -> float:
     """The cross-entropy of all pairs, every pair weighing the same."""
     model.eval()
     chosen = [collate(some, model.device, head) for some in parallel.share(batches(data, pairs, torch.Generator()))]

@@ -497,7 +497,7 @@ def test_the_validation_loss_is_the_mean_over_pairs(scratch):
     pairs = examples(now.data.stages[0], "valid", now.cfg.window)
     wanted = cross_entropy_by_hand(now, pairs, 0.7)
     for size in (512, 7):
-        assert continual.mean_loss(now.model, rows(pairs, now.template), 0.7, size) == pytest.approx(wanted, rel=1e-5)
+        assert continual.mean_loss(now.model, rows(pairs, now.template), 0.7, (), size) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_learning_rate_schedule():
@@ -569,8 +569,8 @@ def test_the_order_of_the_data_depends_on_seed_stage_and_epoch_only(scratch):
         torch.manual_seed(noise)
         continual.choose_trainable(trial.model, "adapter")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(continual, "collate", lambda rows, device: (ids.append([r.ids.tolist() for r in rows]),
-                                                                      collate(rows, device))[1])
+            patch.setattr(continual, "collate", lambda rows, device, head: (ids.append([r.ids.tolist() for r in rows]),
+                                                                      collate(rows, device, head))[1])
             plan = Plan(stage, 2, lr, 8, penalty)
             continual.train_stage(trial.model, pairs, valid, now.template, plan, trial.cfg,
                                   lambda record: epochs[record["epoch"]].append(ids[-1]) if "ce" in record else None)
