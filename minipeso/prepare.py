@@ -18,8 +18,8 @@ from minipeso.download import fetch_reviews
 from minipeso.embed import llama_vectors, title_vectors
 from minipeso.hub import checkpoint_folder, load_llama, read_config
 from minipeso.llama import Llama, LlamaConfig
-from minipeso.reviews import (REVIEW_FILES, dataset_schema, find_one, item_text, read_items, read_lines,
-                              read_reviews)
+from minipeso.reviews import REVIEW_FILES, dataset_schema, find_one, item_text, read_items, read_reviews
+from minipeso.rows import read_lines
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.stages import Stage, cut, read_release, subset, user_disjoint
 from minipeso.synthetic import write_world

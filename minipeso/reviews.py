@@ -12,18 +12,19 @@ Who is trained on what is the paper's protocol and is in stages.py.
 from __future__ import annotations
 
 import csv
-import gzip
 import html
-import io
 import json
 import re
-import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from minipeso.ratings import Keys, read_ratings
+from minipeso.rows import SECONDS, BadRow, Tally, read_lines
 
 REVIEW_FILES = re.compile(r"(?!meta_|\.).*\.(jsonl|csv)(\.gz)?")
 META_FILES = re.compile(r"meta_.*\.jsonl(\.gz)?")
@@ -31,10 +32,8 @@ BLOCK_FILES = re.compile(r"(?!\.).*\.block_(\d+)\.json")
 EXPECTED = ("expected C.jsonl[.gz] or C.csv[.gz] with meta_C.jsonl[.gz], "
             "or the release's C.all.block_0.json ... with C.index*.json")
 
-MAX_BAD = 0.01                       # share of unreadable rows above which a file is refused
 YEAR_2100 = 4_102_444_800_000        # ms
 SECONDS_RANGE = (10**8, 10**10)      # 1973 .. 2286 in seconds; read as ms: the spring of 1970
-SECONDS = "timestamps in seconds"
 # A tag, an escaped token such as <a_12> or <|eot|>, or a control character: never part of a name.
 MARKUP = re.compile(r"<[^<>\s][^<>]*>|[\x00-\x1f\x7f-\x9f]")
 TEXT_FIELDS = ("title", "store", "categories", "description")
@@ -96,54 +95,13 @@ def dataset_schema(path: str | Path) -> str:
     return "reviews" if reviews else "release"
 
 
-class _BadRow(Exception):
-    """One row that cannot be used; the text is the reason it is counted under."""
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of every line that is not blank; gzip is told by content, not by name."""
-    with open(path, "rb") as raw:
-        packed = raw.peek(2)[:2] == b"\x1f\x8b"
-        # surrogateescape: a broken byte spoils its own row (see _is_key), not the whole file.
-        text = io.TextIOWrapper(gzip.GzipFile(fileobj=raw) if packed else raw,
-                                encoding="utf-8-sig", errors="surrogateescape", newline="")
-        try:
-            yield from ((n, line) for n, line in enumerate(text, 1) if not line.isspace())
-        except (EOFError, zlib.error, gzip.BadGzipFile) as fault:
-            raise ValueError(f"the compressed file is damaged or incomplete\n{path}: {fault}\n"
-                             "delete it and fetch it again") from fault
-
-
-def _parsed(path: Path, lines: Iterable[tuple[int, str]], parse: Callable,
-            bad: dict[str, int]) -> Iterator:
-    """parse(line) of every line; refused rows are counted in `bad` by reason, 1 % at most."""
-    rows, first = 0, []
-    for number, line in lines:
-        rows += 1
-        try:
-            row = parse(line)
-        except _BadRow as fault:
-            if str(fault) == SECONDS:
-                raise ValueError(f"{SECONDS}, not in milliseconds\n{path}, line {number}\n"
-                                 "multiply the timestamps by 1000") from None
-            bad[str(fault)] = bad.get(str(fault), 0) + 1
-            first = (first + [number])[:5]
-        else:
-            yield row
-    if sum(bad.values()) > MAX_BAD * rows:
-        reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(bad.items()))
-        raise ValueError(f"{sum(bad.values())} of {rows} rows cannot be read (limit 1 %)\n{path}, "
-                         f"first on lines {', '.join(map(str, first))} ({reasons})\n"
-                         "repair the file or fetch it again")
-
-
 def _json_object(line: str) -> dict:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        raise _BadRow("malformed JSON") from None
+        raise BadRow("malformed JSON") from None
     if not isinstance(row, dict):
-        raise _BadRow("not a JSON object")
+        raise BadRow("not a JSON object")
     return row
 
 
@@ -161,19 +119,19 @@ def _milliseconds(value: object) -> int:
     except ValueError:
         value = None
     if type(value) is not int:       # bool and float are not times
-        raise _BadRow("timestamp missing or not an integer")
+        raise BadRow("timestamp missing or not an integer")
     if not 0 <= value < YEAR_2100:
-        raise _BadRow("timestamp before 1970 or after 2099")
+        raise BadRow("timestamp before 1970 or after 2099")
     if SECONDS_RANGE[0] <= value < SECONDS_RANGE[1]:
-        raise _BadRow(SECONDS)
+        raise BadRow(SECONDS)
     return value
 
 
 def _review(user: object, item: object, time: object) -> tuple[str, str, int]:
     if not _is_key(user):
-        raise _BadRow("user_id missing, empty or not a text")
+        raise BadRow("user_id missing, empty or not a text")
     if not _is_key(item):
-        raise _BadRow("parent_asin missing, empty or not a text")
+        raise BadRow("parent_asin missing, empty or not a text")
     return user, item, _milliseconds(time)
 
 
@@ -182,25 +140,23 @@ def _json_review(line: str) -> tuple[str, str, int]:
     return _review(row.get("user_id"), row.get("parent_asin"), row.get("timestamp"))
 
 
-def _csv_review(path: Path, header: str) -> Callable[[str], tuple[str, str, int]]:
-    """The parser of the rows below this header; columns are found by name."""
+def _csv_columns(path: Path, header: str) -> tuple[tuple[int, int, int], int]:
+    """Where user, item and time stand in a row, by the header's names, and how many fields it has."""
     names = header.strip().replace('"', "").split(",")
     if not {"user_id", "parent_asin", "timestamp"} <= set(names):
         raise ValueError(f"the CSV has no header\n{path}, line 1: {header[:80]!r}\n"
                          "expected user_id,parent_asin,rating,timestamp")
-    user, item, time = map(names.index, ("user_id", "parent_asin", "timestamp"))
+    return tuple(map(names.index, ("user_id", "parent_asin", "timestamp"))), len(names)
 
-    def parse(line: str) -> tuple[str, str, int]:
-        try:  # quotes are undone line by line: a stray one must not swallow the rows that follow
-            fields = (next(csv.reader([line], strict=True)) if '"' in line
-                      else line.rstrip("\r\n").split(","))
-        except csv.Error:
-            raise _BadRow("malformed CSV") from None
-        if len(fields) != len(names):
-            raise _BadRow("wrong number of fields")
-        return _review(fields[user], fields[item], fields[time])
 
-    return parse
+def _csv_review(places: tuple[int, int, int], n_fields: int, line: str) -> tuple[str, str, int]:
+    try:  # quotes are undone line by line: a stray one must not swallow the rows that follow
+        fields = next(csv.reader([line], strict=True)) if '"' in line else line.rstrip("\r\n").split(",")
+    except csv.Error:
+        raise BadRow("malformed CSV") from None
+    if len(fields) != n_fields:
+        raise BadRow("wrong number of fields")
+    return _review(*(fields[place] for place in places))
 
 
 def read_reviews(path: str | Path, start: int | None = None,
@@ -212,36 +168,49 @@ def read_reviews(path: str | Path, start: int | None = None,
     One pass; rows are kept as integers, each key once. Bad rows are skipped and counted.
     Errors: ValueError (over 1 % bad, times in seconds, nothing in the span), FileNotFoundError.
     """
-    path = find_one(path, REVIEW_FILES, "review file")
-    lines, bad = read_lines(path), {}
-    parse = _csv_review(path, next(lines, (1, ""))[1]) if ".csv" in path.suffixes[-2:] else _json_review
-    user_ids, item_ids = {}, {}
-    user, item, time = array("q"), array("q"), array("q")
-    for user_key, item_key, ms in _parsed(path, lines, parse, bad):
-        user.append(user_ids.setdefault(user_key, len(user_ids)))
-        item.append(item_ids.setdefault(item_key, len(item_ids)))
+    path, bad = find_one(path, REVIEW_FILES, "review file"), {}
+    tally = Tally(path, bad)
+    if ".csv" in path.suffixes[-2:]:
+        number, header = next(read_lines(path), (1, ""))
+        places, fields = _csv_columns(path, header)
+        parse = partial(_csv_review, places, fields)
+        user, item, time, users, items = read_ratings(path, number, places, fields, parse, tally)
+    else:
+        user, item, time, users, items = _columns(tally.parsed(read_lines(path), _json_review))
+    tally.close()
+    rows = len(time)
+    user, item, time = _earliest(user, item, time, len(items))  # (rows - duplicates,) each
+    inside = _within(path, time, start, end)
+    core = min(int(np.bincount(codes).min()) for codes in (user, item))
+    user, users = _sorted_keys(user[inside], users)
+    item, items = _sorted_keys(item[inside], items)
+    time = time[inside]
+    order = np.lexsort((item, user, time))
+    return Interactions(user[order], item[order], time[order], users, items, bad, rows - len(inside), core)
+
+
+def _columns(rows: Iterable[tuple[str, str, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, Keys, Keys]:
+    """Rows as numbers of keys, and times."""
+    users, items, user, item, time = Keys(), Keys(), array("i"), array("i"), array("q")
+    for user_key, item_key, ms in rows:
+        user.append(users.number(user_key))
+        item.append(items.number(item_key))
         time.append(ms)
-    events = np.stack([np.asarray(column) for column in (user, item, time)])   # (3, n)
-    kept = _earliest(events)                                                   # (3, n - duplicates)
-    spanned = _within(path, kept, start, end)                                  # (3, m)
-    user, users = _sorted_keys(spanned[0], list(user_ids))
-    item, items = _sorted_keys(spanned[1], list(item_ids))
-    order = np.lexsort((item, user, spanned[2]))
-    core = min(int(np.bincount(kept[axis]).min()) for axis in (0, 1))
-    return Interactions(user[order], item[order], spanned[2][order], users, items, bad,
-                        events.shape[1] - kept.shape[1], core)
+    return *(np.asarray(column) for column in (user, item, time)), users, items
 
 
-def _earliest(events: np.ndarray) -> np.ndarray:
-    """One column for each (user, item): the earliest."""
-    events = events[:, np.lexsort(events[::-1])]              # by user, then item, then time
-    again = (events[:2, 1:] == events[:2, :-1]).all(axis=0)   # (n - 1,)
-    return events[:, ~np.append(False, again)] if events.size else events
+def _earliest(user: np.ndarray, item: np.ndarray, time: np.ndarray, n_items: int) -> tuple[np.ndarray, ...]:
+    """Each (user, item) once, with its first time."""
+    pair = user.astype(np.int64) * n_items + item
+    order = np.argsort(pair)
+    pair = pair[order]
+    starts = np.flatnonzero(np.diff(pair, prepend=-1))
+    first = np.minimum.reduceat(time[order], starts) if len(starts) else time
+    return *np.divmod(pair[starts], max(n_items, 1)), first
 
 
-def _within(path: Path, events: np.ndarray, start: int | None, end: int | None) -> np.ndarray:
-    """The columns with start <= time < end; none left is an error."""
-    time = events[2]
+def _within(path: Path, time: np.ndarray, start: int | None, end: int | None) -> np.ndarray:
+    """Which have start <= time < end; none at all is an error."""
     if not len(time):
         raise ValueError(f"no interactions\n{path} has no row\ncheck that it is complete")
     inside = (time >= (start or 0)) & (time < (YEAR_2100 if end is None else end))
@@ -249,15 +218,17 @@ def _within(path: Path, events: np.ndarray, start: int | None, end: int | None) 
         raise ValueError("no interaction lies in the span of time asked for\n"
                          f"{path} covers {day(time.min())} to {day(time.max())}\n"
                          "choose other years")
-    return events[:, inside]
+    return inside
 
 
-def _sorted_keys(codes: np.ndarray, keys: list[str]) -> tuple[np.ndarray, list[str]]:
+def _sorted_keys(codes: np.ndarray, keys: Keys) -> tuple[np.ndarray, list[str]]:
     """Codes renumbered by the sorted order of the keys that still occur, and those keys."""
-    order = sorted(np.unique(codes).tolist(), key=keys.__getitem__)
+    there = np.unique(codes)
+    names = keys.names(there)
+    order = sorted(range(len(there)), key=names.__getitem__)
     rank = np.empty(len(keys), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    return rank[codes], [keys[k] for k in order]
+    rank[there[order]] = np.arange(len(order))
+    return rank[codes], [names[k] for k in order]
 
 
 def read_items(path: str | Path, keep: set[str] | None = None, bad: dict[str, int] | None = None) -> dict[str, dict]:
@@ -267,18 +238,20 @@ def read_items(path: str | Path, keep: set[str] | None = None, bad: dict[str, in
     """
     path = find_one(path, META_FILES, "metadata file")
     items: dict[str, dict] = {}
-    for key, fields in _parsed(path, read_lines(path), _json_item, {} if bad is None else bad):
+    tally = Tally(path, {} if bad is None else bad)
+    for key, fields in tally.parsed(read_lines(path), _json_item):
         if keep is not None and key not in keep:
             continue
         if key not in items or repr(items[key]) < repr(fields):
             items[key] = fields
+    tally.close()
     return items
 
 
 def _json_item(line: str) -> tuple[str, dict]:
     row = _json_object(line)
     if not _is_key(row.get("parent_asin")):
-        raise _BadRow("parent_asin missing, empty or not a text")
+        raise BadRow("parent_asin missing, empty or not a text")
     return row["parent_asin"], {name: row.get(name) for name in TEXT_FIELDS}
 
 

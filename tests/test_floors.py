@@ -13,7 +13,7 @@ FILES = {path.stem: path for path in sorted((ROOT / "minipeso").glob("*.py")) if
 SCRIPTS = {name: ROOT / f"{name}.py" for name in ("train", "eval")}
 FLOORS = (
     "parallel",
-    "disk signals cache",  # the system below
+    "disk signals cache rows", "ratings",  # the system below
     "config synthetic reviews metrics llama lora proximal rqvae trie embed journal paper lightgcn sasrec download race",  # alone
     "stages semantic_ids tokens hub theory beam checkpoint pisa",  # two things joined
     "cumulative objective evaluate prepare report keeper twotower",  # the mechanism

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from minipeso import ratings, rows
 from minipeso.reviews import dataset_schema, item_text, read_items, read_reviews
 
 T0 = 1_588_687_728_923
@@ -278,3 +280,70 @@ def test_real_reviews(shared_data):
     items = read_items(shared_data / "electronics23", keep=set(x.items))
     unnamed = [k for k in x.items if item_text(items.get(k, {}), k) == k]
     assert not unnamed, f"{len(unnamed)} items without a text, first {unnamed[:3]}"
+
+
+# ---- ratings by the block
+
+def outcome(path) -> tuple:
+    """What read_reviews makes of a file: everything in it, or the error's text."""
+    try:
+        found = read_reviews(path)
+    except ValueError as error:
+        return ("error", str(error))
+    return (*content(found), found.bad, found.duplicates, found.core)
+
+
+def row_by_row(block: bytes, places, n_fields: int, skipped: int) -> ratings.Block:
+    """ratings.cut for a file without a single plain line."""
+    nothing = np.empty((0, 8), np.uint8)
+    lines = list(io.TextIOWrapper(io.BytesIO(block), encoding="utf-8", errors="surrogateescape", newline=""))
+    return ratings.Block(nothing, nothing, np.empty(0, np.int64), list(enumerate(lines)), len(lines))
+
+
+KEY = st.text("ABCDEFGH0123", min_size=1, max_size=30)
+PLAIN_ROW = st.builds("{},{},5.0,{}".format, KEY, KEY, st.integers(820_454_400_000, 1_694_000_000_000))
+ODD_ROW = st.sampled_from([
+    "", " ", "u,i,5.0", "u,i,5.0,1,2", '"u,v",i,5.0,1588687728923', 'u",i,5.0,1588687728923', "u,i,5.0,", ",i,5.0,1588687728923",
+    "ü,i,5.0,1588687728923", "u,i,5.0,9999", "u,i,5.0,99999999999999999999", "u,i,5.0,1_588_687_728_923", "u,i,5.0,-1588687728923",
+    "u,i,5.0, 1588687728923", "u,i,5.0,00000000009", "u,i,5.0,0x5886877289", "u v,i,5.0,1588687728923", "u\0,i,5.0,1588687728923",
+    f"{'u' * 70},i,5.0,1588687728923", "u,i,5.0,4102444800000", "u,i,5.0,1588687728923\r", "a\rb,i,5.0,1588687728923", "\x1c,i,5.0,1588687728923",
+    "u,i,5.0,0001588687728"])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(plain=st.lists(PLAIN_ROW, min_size=1, max_size=40), odd=st.lists(st.tuples(st.integers(0, 40), ODD_ROW), max_size=4),
+       size=st.sampled_from([1, 50, 300, 1 << 24]), bom=st.booleans(), end=st.sampled_from(["\n", ""]),
+       before=st.sampled_from(["", "\n", " \n\n"]), copies=st.sampled_from([1, 30]))
+def test_blocks_are_rows(tmp_path_factory, plain, odd, size, bom, end, before, copies):
+    """Whatever stands in a CSV: by blocks of any size it gives the arrays, counts and messages of row by row."""
+    lines = [row.replace(",5.0", f"{k if k else ''},5.0") for k in range(copies) for row in plain]
+    for place, row in odd:
+        lines.insert(min(place, len(lines)), row)
+    path = tmp_path_factory.mktemp("csv") / "C.csv"
+    text = before + "\n".join(["user_id,parent_asin,rating,timestamp", *lines]) + end
+    path.write_bytes(b"\xef\xbb\xbf" * bom + text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "BLOCK", size)
+        found = outcome(path)
+        patch.setattr(ratings, "cut", row_by_row)
+        assert found == outcome(path)
+
+
+def test_most_rows_are_plain(tmp_path):
+    """Of the Hub's rows none is left to the slow way; of those with a quote, a blank or another time, only they."""
+    lines = [b"AE3%024d,B%09d,5.0,15886877289%02d" % (k, k, k) for k in range(90)]
+    block = ratings.cut(b"\n".join(lines) + b"\n", (0, 1, 3), 4, 0)
+    assert len(block.time) == block.lines == 90 and not block.others and block.user.shape == (90, 32)
+    lines[3], lines[7], lines[89] = lines[3].replace(b"AE", b'"E'), lines[7] + b" ", lines[89][:-6]
+    block = ratings.cut(b"\n".join(lines) + b"\n", (0, 1, 3), 4, 0)
+    assert [k for k, _ in block.others] == [3, 7, 89] and len(block.time) == 87
+
+
+def test_equal_hashes_are_told_apart(monkeypatch):
+    """Keys stay apart by their bytes even where all hashes are equal."""
+    keys = ratings.Keys()
+    some = np.frombuffer(b"AAAAAAAABBBBBBBBAAAAAAAACCCCCCCC", np.uint8).reshape(4, 8)
+    want = keys.of(some)
+    real = np.unique
+    monkeypatch.setattr(np, "unique", lambda x, axis=None, **rest: real(x if axis == 0 else x * np.uint64(0), axis=axis, **rest))
+    assert len(set(want.tolist())) == 3 and (keys.of(some) == want).all() and want[0] == want[2]
