@@ -48,6 +48,7 @@ class Config:
     out: str = ""  # run folder; default runs/<dataset>-<base>-<method>-s<seed>
     device: str = "auto"  # cuda if there is one
     threads: int = 0  # of the CPU; 0: torch decides. One: the same bytes everywhere, and no tenfold slow-down on busy cores
+    compile: bool = False  # torch.compile: a minute or two at the start, then faster steps; other rounding
     dtype: str = "auto"  # of the frozen weights: float32 on cpu, bfloat16 on cuda; adapters are float32
     # stages: who is trained on what, when
     split: str = "natural"  # Section 3: by time, or the pseudo user-disjoint split

@@ -24,7 +24,7 @@ class Child(NamedTuple):
     """What one process took, and what it said last: a line of JSON."""
 
     seconds: float
-    peak: int  # bytes resident, at most
+    peak: int  # bytes resident, at most; 0 if it does not say
     said: dict
 
 
@@ -49,18 +49,14 @@ def compare(runs: dict[str, Callable], rounds: int, wait: Callable[[], None] = l
 
 def child(module: str, *arguments: str) -> Child:
     """`python -m module arguments` to its end; RuntimeError if that is not a good one. Its last line of
-    output is JSON; "seconds" there, if it is, is its own account of the work without imports."""
+    output is JSON; "seconds" and "peak" there are its own account of the work alone."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    with process.stdout as pipe:
-        text = pipe.read()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(RAN.format(code=process.returncode, command=" ".join(command)))
-    said = json.loads(text.splitlines()[-1])
-    return Child(said.get("seconds", time.perf_counter() - began), used.ru_maxrss * 1024, said)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(RAN.format(code=done.returncode, command=" ".join(command)))
+    said = json.loads(done.stdout.splitlines()[-1])
+    return Child(said.get("seconds", time.perf_counter() - began), said.get("peak", 0), said)
 
 
 def compare_children(module: str, contenders: dict[str, tuple], rounds: int) -> dict[str, list[Child]]:
@@ -70,6 +66,11 @@ def compare_children(module: str, contenders: dict[str, tuple], rounds: int) -> 
         for name in list(contenders)[::-1 if turn % 2 else 1]:
             found[name].append(child(module, *contenders[name]))
     return found
+
+
+def peak() -> int:
+    """The most bytes that this process has had resident (Linux; getrusage would count its parent's too)."""
+    return _resident("VmHWM")
 
 
 def peak_of(run: Callable) -> int:

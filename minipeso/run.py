@@ -115,6 +115,8 @@ def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
     if prepare.from_scratch(cfg):
         learn_base(run)
     inject(model, cfg.rank, cfg.alpha, cfg.dropout, generator=generator)
+    if cfg.compile:
+        model.model.compile(dynamic=True)
     lora, total = (sum(p.numel() for p in ps) for ps in (adapter_parameters(model), model.parameters()))
     print(f"{total:,} parameters, {lora:,} of them in the adapter\n")
     clock("base")

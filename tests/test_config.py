@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import socket
 import subprocess
@@ -106,6 +107,26 @@ def test_alive_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     run(micro(tmp_path, threads=3))
     assert asked == [3] and resolve({"base": "tiny"}).threads == 1 and Config.threads == 0
+
+
+def test_alive_compile(tmp_path, computed, monkeypatch):
+    """--compile hands the model's forward to torch.compile, for any shape, and nothing else."""
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: asked.append((type(module).__name__, how)))
+    run(micro(tmp_path / "run", compile=True))
+    assert asked == [("LlamaModel", {"dynamic": True})] and fingerprint(tmp_path / "run") == computed()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_run_computes_the_same(tmp_path):
+    """The compiled steps are those of the plain run up to rounding (needs a C++ compiler)."""
+    losses = []
+    for compiled in (False, True):
+        run(micro(tmp_path, compile=compiled, dropout=0.0))
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        losses.append([record["ce"] for record in map(json.loads, lines) if "ce" in record])
+    assert len(losses[0]) > 5 and losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_alive_compare(computed):
