@@ -22,6 +22,7 @@ from minipeso.continual import answer_loss, choose_trainable
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.lora import TARGETS, adapters, inject
 from minipeso.prepare import llama_config
+from minipeso.race_trie import nested
 from minipeso.stages import Example, Stage, examples
 from minipeso.tokens import IGNORE, Template, code_tokens, collate, rows
 from minipeso.trie import Trie
@@ -158,9 +159,7 @@ def generate_contest(case: Case, users: int = 64) -> tuple[dict, int, str, str]:
     ours, merged = case.ours.eval(), case.peer.merge_and_unload().eval()
     first, n_codes = case.template.first_token, case.template.n_codes
     trie = Trie(torch.from_numpy(case.codes), n_codes).to(ours.device)
-    tree: dict = {}  # of tokens, nested: the usual companion of generate()
-    for item in case.template.items.tolist():
-        reduce(lambda node, token: node.setdefault(token, {}), item, tree)
+    tree = nested(torch.from_numpy(case.template.items))
     runs = {"ours": partial(beam_search, ours, prompts, trie, first, BEAMS),
             "generate": partial(peer_search, merged, prompts, tree, False),
             "generate, prompt once a user": partial(peer_search, merged, prompts, tree, True)}
