@@ -50,7 +50,11 @@ def libraries():
 
 
 def shape_of(name: str) -> LlamaConfig:
-    """What --base tiny or small trains from scratch; small-bigvocab: 256 units with Llama 3's words."""
+    """What --base tiny or small trains from scratch; small-bigvocab: 256 units with Llama 3's words; 1b: Llama 3.2."""
+    if name == "1b":
+        rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        return LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 1e-5, rope, tie_word_embeddings=True)
     if name != "small-bigvocab":
         return llama_config(resolve({"base": name}))
     return replace(shape_of("small"), vocab_size=128256, hidden_size=256, intermediate_size=1024,

@@ -14,11 +14,11 @@ SCRIPTS = {name: ROOT / f"{name}.py" for name in ("train", "eval")}
 FLOORS = (
     "disk signals",  # the system below
     "config synthetic reviews metrics llama lora proximal rqvae trie embed journal paper lightgcn sasrec download race",  # alone
-    "stages semantic_ids tokens hub theory beam checkpoint pisa",  # two things joined
+    "stages semantic_ids tokens hub theory beam checkpoint pisa race_trie",  # two things joined
     "cumulative evaluate prepare report keeper twotower",  # the mechanism
     "continual reopen",
     "evorec recommend export",
-    "run explain race_llama",  # using it
+    "run explain race_llama race_load",  # using it
     "cells doctor bench", "scores", "experiments",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
