@@ -1,11 +1,16 @@
 """How fast is this, beside what one would otherwise use for the same work?
 
     python -m minipeso.bench train       LoRA steps on the sliding-window pairs of whole users; transformers + peft
-                                         (--alone: on one pair a user; --memory: peak memory)
     python -m minipeso.bench generate    the ten best items of 64 users, over a trie of 26,000; transformers
+    python -m minipeso.bench trie        building the trie of --items, and a step of it; nested dictionaries
+    python -m minipeso.bench load        a checkpoint of --shape (1b: Llama 3.2) into memory; transformers, bytes alone
+    python -m minipeso.bench data        --rows ratings as CSV, to stages; pandas, polars, lists and dictionaries
+    python -m minipeso.bench growth      ours alone: seconds and bytes as items, users, stages, history, beams grow
 
-Both sides get the same weights and data, are held to the same results first, and then take turns.
-On a busy machine trust the ratios, not the ms. The peers are test extras.
+    train, generate: --memory for peak memory instead of time; train: --alone for one pair a user
+
+Both sides get the same data, are held to the same results first, and then take turns, or run in
+processes of their own. On a busy machine trust the ratios, not the ms. The peers are test extras.
 """
 from __future__ import annotations
 
@@ -13,14 +18,16 @@ import argparse
 import inspect
 import json
 import sys
+from argparse import Namespace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from minipeso import race
+from minipeso import race, race_data, race_growth, race_load, race_trie
 from minipeso.config import UsageError, guard
 from minipeso.race_llama import (LEVELS, SHAPES, Case, generate_contest, libraries, make_case, shape_of,
                                  train_contest)
-
 
 CONTESTS = {"train": train_contest, "generate": generate_contest}
 
@@ -44,20 +51,7 @@ def memory(task: str, names: list[str], argv: list[str]) -> None:
         print(f"{name:29}{peak / 2**20:10,.0f} MiB above the models {peak / peaks[names[0]]:6.2f} x ours")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=tuple(CONTESTS))
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--users", type=int, help="in a batch")
-    parser.add_argument("--steps", type=int, help="of training, each on another batch")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--alone", action="store_true", help="training on one pair a user, which can share nothing")
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of time (Linux)")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    if args.rounds < 1:
-        raise UsageError(f"--rounds is out of range\nfound {args.rounds}\ngive a number >= 1")
+def contest(args: Namespace) -> None:
     how = {name: value for name, value in vars(args).items() if name in ("users", "steps", "alone") and value}
     strange = how.keys() - inspect.signature(CONTESTS[args.task]).parameters.keys()
     if strange:
@@ -69,6 +63,56 @@ def main() -> None:
     if args.only:  # the child of the line below
         return print(json.dumps({"peak": race.peak_of(runs[args.only])}))
     memory(args.task, list(runs), sys.argv[1:])
+
+
+def trie(args: Namespace) -> None:
+    print(race.machine(torch))
+    print(f"trie: {args.items:,} random items of {race_trie.LEVELS} x {race_trie.CODES} codes\n"
+          f"equal: {race_trie.check(args.items)}")
+    print(*race_trie.build_race(args.items, args.rounds), *race_trie.step_table(args.items, args.rounds), sep="\n")
+
+
+def load(args: Namespace) -> None:
+    """Warm: the file is in the page cache. Cold: it was dropped from there, though a virtual machine's host may have it."""
+    print(race.machine(torch, libraries()[0]))
+    with TemporaryDirectory() as name:
+        file = race_load.write_base(shape_of(args.shape), Path(name))
+        print(f"load: {file.stat().st_size:,} bytes, {args.shape}, bfloat16\nequal: {race_load.check(file.parent)}")
+        for cache in ("warm", "cold"):
+            print(f"{cache} cache", *race_load.load_race(file, args.rounds, cache), sep="\n")
+        count, size = race_load.state_bytes(shape_of(args.shape), Path(name))
+        print(f"training state of the adapter, rank {race_load.RANK}: {count:,} numbers, {size / 1e6:,.1f} MB on the disk")
+
+
+def data(args: Namespace) -> None:
+    race_data.run(args.rows, args.rounds)
+
+
+def growth(args: Namespace) -> None:
+    print(race.machine(torch), *race_growth.table(args.rounds), sep="\n")
+
+
+TASKS = {"train": contest, "generate": contest, "trie": trie, "load": load, "data": data, "growth": growth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--users", type=int, help="in a batch")
+    parser.add_argument("--steps", type=int, help="of training, each on another batch")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--alone", action="store_true", help="training on one pair a user, which can share nothing")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time (Linux)")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--items", type=int, default=1_000_000, help="of the trie")
+    parser.add_argument("--rows", type=int, default=2_000_000, help="of the rating file")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    for flag in ("rounds", "items", "rows"):
+        if getattr(args, flag) < 1:
+            raise UsageError(f"--{flag} is out of range\nfound {getattr(args, flag)}\ngive a number >= 1")
+    TASKS[args.task](args)
 
 
 if __name__ == "__main__":

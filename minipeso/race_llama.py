@@ -23,13 +23,14 @@ from minipeso.llama import Llama, LlamaConfig
 from minipeso.lora import TARGETS, adapters, inject
 from minipeso.objective import answer_loss
 from minipeso.prepare import llama_config
+from minipeso.race_trie import nested
 from minipeso.stages import Example, Stage, examples
 from minipeso.tokens import IGNORE, Template, code_tokens, collate, rows
 from minipeso.trie import Trie
 
 LEVELS, BEAMS, WINDOW, RANK, ALPHA = 4, 10, 20, 8, 16
 HEAD, TAIL = 36, 18  # words before and after the history, about as many as in Appendix D
-SHAPES = ("tiny", "small", "small-smallvocab", "small-bigvocab")
+SHAPES = ("tiny", "small", "small-smallvocab", "small-bigvocab", "1b")
 
 
 class Case(NamedTuple):
@@ -53,7 +54,11 @@ def libraries():
 
 def shape_of(name: str) -> LlamaConfig:
     """What --base tiny or small trains from scratch; small-bigvocab: 256 units with Llama 3's words;
-    small-smallvocab: the same with 1,024 words."""
+    small-smallvocab: the same with 1,024 words; 1b: Llama 3.2."""
+    if name == "1b":
+        rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        return LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 1e-5, rope, tie_word_embeddings=True)
     if name in ("tiny", "small"):
         return llama_config(resolve({"base": name}))
     return replace(shape_of("small"), vocab_size=128256 if name == "small-bigvocab" else 1024, hidden_size=256,
@@ -174,9 +179,7 @@ def generate_contest(case: Case, users: int = 64, checked: bool = True) -> tuple
     ours, merged = case.ours.eval(), case.peer.merge_and_unload().eval()
     first, n_codes = case.template.first_token, case.template.n_codes
     trie = Trie(torch.from_numpy(case.codes), n_codes).to(ours.device)
-    tree: dict = {}  # of tokens, nested: the usual companion of generate()
-    for item in case.template.items.tolist():
-        reduce(lambda node, token: node.setdefault(token, {}), item, tree)
+    tree = nested(torch.from_numpy(case.template.items))
     runs = {"ours": partial(beam_search, ours, prompts, trie, first, BEAMS, computed(ours, case.template.head)),
             "generate": partial(peer_search, merged, prompts, tree, False),
             "generate, prompt once a user": partial(peer_search, merged, prompts, tree, True)}

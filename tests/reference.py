@@ -164,6 +164,21 @@ def dict_trie(rows) -> dict:
     return trie
 
 
+def level_by_level_trie(codes: torch.Tensor, n_codes: int) -> tuple[list, list, list, int]:
+    """The flat trie's (first, code, width, leaves), all int64: every item is sorted again at every level."""
+    codes = codes.long()
+    first, code, width = [], [], []
+    parent_of, nodes = torch.zeros(len(codes), dtype=torch.long), 1
+    for level in range(codes.shape[1]):
+        keys, child_of = torch.unique(parent_of * n_codes + codes[:, level], return_inverse=True)
+        fan_out = torch.bincount(keys // n_codes, minlength=nodes)
+        first.append(torch.cat([fan_out.new_zeros(1), fan_out.cumsum(0)]))
+        code.append(keys % n_codes)
+        width.append(int(fan_out.max()))
+        parent_of, nodes = child_of, len(keys)
+    return first, code, width, nodes
+
+
 @torch.no_grad()
 def slow_beam(model: Llama, prompt: list[int], trie: dict, first_token: int, n_codes: int,
               beams: int) -> list[tuple[float, tuple[int, ...]]]:

@@ -15,15 +15,15 @@ FLOORS = (
     "parallel",
     "disk signals cache rows", "ratings",  # the system below
     "config synthetic reviews metrics llama lora proximal rqvae trie embed journal paper lightgcn sasrec download race",  # alone
-    "stages semantic_ids tokens hub theory beam checkpoint pisa",  # two things joined
-    "cumulative objective evaluate prepare report keeper twotower",  # the mechanism
+    "stages semantic_ids tokens hub theory beam checkpoint pisa race_trie",  # two things joined
+    "cumulative objective race_data evaluate prepare report keeper twotower",  # the mechanism
     "continual reopen",
     "evorec recommend export",
-    "run explain race_llama",  # using it
-    "cells doctor bench", "scores", "experiments",
+    "run explain race_llama race_load",  # using it
+    "cells doctor race_growth", "scores bench", "experiments",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
-EXTRAS = {"transformers", "peft", "scipy", "matplotlib", "pytest", "hypothesis"}
+EXTRAS = {"transformers", "peft", "pandas", "polars", "scipy", "matplotlib", "pytest", "hypothesis"}
 PACKAGES = {"torch", "numpy", "safetensors", "huggingface_hub", "tokenizers", "tqdm"}
 
 
@@ -95,13 +95,13 @@ def test_functions_are_short(module):
 
 
 def test_files_are_short():
-    """A file has at most 300 lines, train.py 180, the package 6,600 that are not blank (some 650 of them only measure
+    """A file has at most 300 lines, train.py 180, the package 6,900 that are not blank (some 750 of them only measure
     speed: bench.py, race*.py)."""
     lines = {name: len(path.read_text().splitlines()) for name, path in (FILES | SCRIPTS).items()}
     too_long = {name: n for name, n in lines.items() if n > (180 if name == "train" else 300)}
     assert not too_long, too_long
     filled = sum(bool(line.strip()) for path in FILES.values() for line in path.read_text().splitlines())
-    assert filled <= 6600, filled
+    assert filled <= 6900, filled
 
 
 def test_every_file_says_what_it_is(module):

@@ -88,6 +88,36 @@ def test_what_carries_no_information_is_passed_over(tmp_path):
     assert torch.equal(load_llama(tmp_path / "old")(IDS), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_every_float_is_read_as_safetensors_reads_it(tmp_path, dtype):
+    """Other types than the model's, a scalar and an empty tensor before the weights: the same values."""
+    tensors = {name: t.to(dtype) for name, t in checkpoint(tmp_path / "base").items()}
+    odd = {f"a{i}.rotary_emb.inv_freq": torch.ones(shape) for i, shape in enumerate([(), (0,), (3,)])}
+    write(tmp_path / "base", tensors | odd)
+    loaded, stored = dict(load_llama(tmp_path / "base").named_parameters()), load_file(tmp_path / "base/model.safetensors")
+    assert all(torch.equal(p, stored[name].float()) for name, p in loaded.items())
+
+
+def test_the_model_and_its_file_are_apart(tmp_path):
+    """Training writes no byte of the file, and whoever writes into the file, or cuts it, changes no weight."""
+    checkpoint(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    before, model = file.read_bytes(), load_llama(tmp_path / "base")
+    want = model(IDS)
+    with open(file, "r+b") as f:
+        f.seek(len(before) // 2)
+        f.write(b"\xff" * 1000)
+        f.truncate(len(before) - 2000)
+    assert torch.equal(model(IDS), want), "the weights are still the file"
+    file.write_bytes(before)
+    model = load_llama(tmp_path / "base")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert file.read_bytes() == before, "training wrote into the checkpoint"
+    assert "model.safetensors" not in Path("/proc/self/maps").read_text(), "the file is still mapped"
+
+
 # ---- config.json
 
 
@@ -179,6 +209,15 @@ def test_a_tensor_in_two_shards_is_named(tmp_path):
     name = next(iter(load_file(first)))
     save_file(load_file(second) | {name: load_file(first)[name]}, second)
     fails(tmp_path / "base", ValueError, name, second.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
+def test_quantised_weights_are_named(tmp_path, dtype):
+    """Weights whose scales stand elsewhere are refused, not read as if they were the weights themselves."""
+    tensors = checkpoint(tmp_path / "base")
+    name = "model.layers.1.mlp.up_proj.weight"
+    write(tmp_path / "base", tensors | {name: torch.zeros(40, 24).to(dtype)})
+    fails(tmp_path / "base", ValueError, "model.safetensors", name, "BF16")
 
 
 # ---- files

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipeso.trie import Trie
-from tests.reference import dict_trie
+from tests.reference import dict_trie, level_by_level_trie
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -16,7 +16,7 @@ quick = settings(max_examples=150, deadline=None, derandomize=True)
 def code_sets(draw) -> tuple[torch.Tensor, int]:
     """(codes (n_items, L), n_codes): from one item to 40, doubles and long shared prefixes among them."""
     levels = draw(st.integers(1, 8))
-    n_codes = draw(st.sampled_from([1, 2, 3, 7, 256, 2048]))
+    n_codes = draw(st.sampled_from([1, 2, 3, 7, 256, 2048, 40_000, 2**31]))
     used = draw(st.integers(1, min(n_codes, 4)))  # few codes: prefixes meet
     pool = draw(st.lists(st.integers(0, n_codes - 1), min_size=used, max_size=used))
     row = st.lists(st.sampled_from(pool), min_size=levels, max_size=levels)
@@ -82,6 +82,57 @@ def test_doubles_and_the_order_of_items_are_nothing(sets, seed):
     a, b = Trie(codes, n_codes), Trie(torch.cat([codes[order], codes[order[:3]]]), n_codes)
     assert a.leaves == b.leaves and a.width == b.width
     assert all(torch.equal(x, y) for x, y in zip(a.first + a.code, b.first + b.code, strict=True))
+
+
+def same_arrays(trie: Trie, codes: torch.Tensor, n_codes: int) -> None:
+    """Every number is the one that the construction level by level gives, in the smallest type that holds it."""
+    first, code, width, leaves = level_by_level_trie(codes, n_codes)
+    assert (trie.width, trie.leaves, trie.levels) == (width, leaves, codes.shape[1])
+    for ours, slow in zip(trie.first + trie.code, first + code, strict=True):
+        assert torch.equal(ours.long(), slow), f"{ours.tolist()[:20]} against {slow.tolist()[:20]}"
+    assert sum(t.nbytes for t in trie.first + trie.code) <= sum(t.nbytes for t in first + code)
+
+
+@quick
+@given(code_sets())
+def test_one_sort_of_packed_codes_is_the_sort_of_every_level(sets):
+    """The same arrays, however many codes a key has room for: 1 x 2^31 up to 8 x 1 codes."""
+    same_arrays(Trie(*sets), *sets)
+
+
+@pytest.mark.parametrize("items, levels, n_codes, bound", [
+    (20_000, 4, 256, 8), (20_000, 8, 2048, 40), (20_000, 3, 40_000, 26), (70_000, 2, 256, 3), (300, 12, 2**31, 90)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint16, torch.float64])
+def test_large_catalogues_are_the_sort_of_every_level(items, levels, n_codes, bound, dtype):
+    """Random items, doubles among them, in any type that holds the codes; `bound` bytes an item are enough."""
+    if n_codes > 2**16 and dtype == torch.uint16:
+        pytest.skip("the type is too small")
+    codes = torch.randint(n_codes, (items, levels), generator=torch.Generator().manual_seed(0))
+    codes = torch.cat([codes, codes[:500]]).to(dtype)
+    before = codes.clone()
+    trie = Trie(codes, n_codes)
+    same_arrays(trie, codes, n_codes)
+    assert torch.equal(codes, before), "the caller's codes were changed"
+    held = sum(t.nbytes for t in trie.first + trie.code) / items
+    assert held <= bound, f"{held:.1f} bytes an item"
+
+
+def test_a_narrow_type_is_no_bound_on_n_codes():
+    """int8, uint8 and int32 codes under an n_codes that those types do not hold."""
+    for dtype, n_codes in ((torch.int8, 256), (torch.uint8, 2048), (torch.int16, 2**20), (torch.int32, 2**31)):
+        assert Trie(torch.tensor([[0, 127]], dtype=dtype), n_codes).leaves == 1
+        with pytest.raises(ValueError, match=r"0\.\.99, found 0\.\.127"):
+            Trie(torch.tensor([[0, 127]], dtype=dtype), 100)
+
+
+@pytest.mark.parametrize("n_codes", [2, 256, 257, 32_768, 32_769, 65_537])
+def test_a_step_gives_int64_whatever_the_arrays_are(n_codes):
+    """The largest code comes back as itself and a missing child as -1, though the arrays' types change with n_codes."""
+    codes = torch.tensor([[0, 0], [0, n_codes - 1], [n_codes - 1, n_codes - 1]])
+    trie = Trie(codes, n_codes)
+    code, child = trie.step(torch.tensor([0, 1]), 1)
+    assert code.dtype == child.dtype == torch.int64
+    assert code.tolist() == [[0, n_codes - 1], [n_codes - 1, -1]] and child[:, 0].tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("levels", range(1, 9))
