@@ -97,7 +97,7 @@ def metadata(path: Path, wanted: int) -> dict:
     lines = sum(1 for _ in open(path, "rb"))
     began = time.perf_counter()
     kept = read_items(path, {f"B{i:09d}" for i in range(0, lines, wanted)})
-    return {"seconds": time.perf_counter() - began, "count": len(kept), "lines": lines}
+    return {"seconds": time.perf_counter() - began, "peak": race.peak(), "count": len(kept), "lines": lines}
 
 
 def same(found: dict[str, list[race.Child]]) -> None:

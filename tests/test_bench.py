@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minipeso import bench, race, race_llama
+from minipeso import bench, race, race_data, race_growth, race_llama, race_load, race_trie
 from minipeso.config import UsageError, guard, resolve
 from minipeso.llama import LlamaConfig
 from minipeso.tokens import rows
+from minipeso.trie import Trie
 from tests.reference import TOY
 
 MICRO = LlamaConfig.from_dict({**TOY, "vocab_size": 1})
@@ -196,3 +197,123 @@ def test_zero_rounds_name_the_flag(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench", "train", "--rounds", "0"])
     with pytest.raises(UsageError, match="--rounds is out of range\nfound 0\n"):
         bench.main()
+
+
+# ---- memory, files, growth
+
+
+def test_peak_memory_is_what_a_run_needs():
+    """A run that fills 64 MiB needs 64 MiB, whatever was resident before; what it frees counts too."""
+    before = torch.ones(2**22)
+    for _ in range(2):
+        needed = race.peak_of(lambda: torch.ones(2**24))
+        assert 60 * 2**20 < needed < 80 * 2**20, f"{needed:,}"
+    assert race.peak() >= before.nbytes
+
+
+def test_memory_has_a_line_for_every_contender(monkeypatch, capsys):
+    """--memory: each contender alone in a process of its own; above the models, and as a multiple of ours."""
+    asked = []
+    monkeypatch.setattr(race, "child", lambda module, *argv: (
+        asked.append(argv), race.Child(1.0, 0, {"peak": 2**20 * (10 if argv[-1] == "ours" else 25)}))[1])
+    bench.memory("train", ["ours", "peft"], ["train", "--memory"])
+    assert asked == [("train", "--memory", "--only", "ours"), ("train", "--memory", "--only", "peft")]
+    ours, peft = capsys.readouterr().out.splitlines()[1:]
+    assert ours.split() == "ours 10 MiB above the models 1.00 x ours".split()
+    assert peft.split() == "peft 25 MiB above the models 2.50 x ours".split()
+
+
+def test_flags_of_training_are_refused_elsewhere(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "generate", "--alone"])
+    with pytest.raises(UsageError, match="--alone is of training\nfound generate"):
+        bench.main()
+
+
+def test_rating_files_are_read_alike(capsys):
+    """The four contenders find the same events; a line for each with its peak, and one for the metadata."""
+    pytest.importorskip("pandas")
+    pytest.importorskip("polars")
+    race_data.run(3000, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:22].strip() for line in lines[3:7]] == list(race_data.CONTENDERS)
+    assert all(re.search(r"rows/s .* x ours \[.*\]  peak [\d,]+ MiB$", line) for line in lines[3:7])
+    assert lines[2].startswith("equal: 1,") and lines[7].startswith("metadata: 750 lines") and " 8 items kept" in lines[7]
+    assert 50 < float(re.search(r"peak ([\d,]+) MiB$", lines[7])[1].replace(",", "")) < 2000
+
+
+def test_other_events_are_not_timed():
+    made = {"ours": [race.Child(1.0, 0, {"count": 3, "content": "a"})], "peer": [race.Child(1.0, 0, {"count": 3, "content": "b"})]}
+    with pytest.raises(FloatingPointError, match="do not read the same") as caught:
+        race_data.same(made)
+    assert len(str(caught.value).splitlines()) == 3
+    race_data.same({"ours": made["ours"], "peer": made["ours"]})
+
+
+def test_a_child_that_fails_is_an_error(capfd):
+    with pytest.raises(RuntimeError, match="exited with 1\n.*race_data nobody nothing\n"):
+        race.child("minipeso.race_data", "nobody", "nothing")
+
+
+def test_growth_is_of_the_real_thing():
+    """At stage 5, `sumlora-all` holds five adapters and PESO one; keys and values grow with history and beams."""
+    one, five = (race_growth.stored(race_growth.after(method, 5)) for method in ("peso", "sumlora-all"))
+    assert five == 5 * one and one == race_growth.stored(race_growth.make_model())
+    trie, model = Trie(race_growth.catalogue(500), 256), race_growth.make_model()
+    sizes = [race_growth.search(model, trie, history, beams)[1] for history, beams in ((5, 5), (10, 5), (10, 10))]
+    assert sizes[1] - sizes[0] == 2 * 4 * 2 * 32 * 4 * 20, "two arrays, 4 layers, 2 heads of 32 floats, 20 tokens"
+    assert sizes[2] - sizes[1] == 2 * 4 * 2 * 32 * 4 * 15
+    run, _ = race_growth.search(model, trie, 5, 5)
+    assert run()[0].shape == (64, 5, 4)
+    before = [p.detach().clone() for p in race_llama.trainable(model)]
+    race_growth.epoch(model, 3)()
+    assert all((p != b).any() for p, b in zip(race_llama.trainable(model), before))
+
+
+def test_growth_prints_three_sizes(monkeypatch):
+    seconds = {"1": [0.5, 1.5], "2": [2.0], "3": [4.0]}
+    monkeypatch.setattr(race, "compare", lambda runs, rounds: seconds)
+    found = race_growth.line("beams", (5, 10, 20), {}, 2, "a user", ["a", "b", "c"], 1)
+    assert re.sub(" +", " ", found) == "beams a user 5: 500.000 ms a 10: 1000.000 ms b 20: 2000.000 ms c"
+
+
+# ---- tries and checkpoints
+
+
+def test_tries_hold_the_same_children():
+    """A trie and nested dictionaries of 300 items agree on every prefix tried; one item more is noticed."""
+    codes = race_trie.catalogue(300)
+    tree = race_trie.dictionary(codes)
+    assert race_trie.same_children(Trie(codes), tree, codes) == 4 * 300
+    with pytest.raises(FloatingPointError, match="do not hold the same") as caught:
+        race_trie.same_children(Trie(codes[1:]), tree, codes)
+    assert len(str(caught.value).splitlines()) == 3
+    assert re.match(r"the children of [\d,]+ prefixes", race_trie.check(300))
+
+
+def test_the_trie_task_has_a_line_for_every_contender():
+    lines = race_trie.build_race(2000, 1)
+    assert [line[:29].strip() for line in lines] == 2 * ["ours", "dictionary"]
+    assert all("bytes an item" in line for line in lines[2:])
+    head, *steps = race_trie.step_table(20_000, 1)
+    assert [step.split()[0] for step in steps] == ["10,000", "20,000"] and all(step.count(" us") == 4 for step in steps)
+
+
+def test_checkpoints_are_loaded_alike(tmp_path):
+    """Ours and transformers have every tensor byte for byte; a changed weight is noticed; a line for each with its
+    memory as a multiple of the file."""
+    pytest.importorskip("transformers")
+    file = race_load.write_base(race_llama.shape_of("tiny"), tmp_path)
+    assert race_load.check(tmp_path) == "38 tensors, byte for byte"
+    lines = race_load.load_race(file, 1, "warm")
+    assert [line.split()[0] for line in lines] == ["ours", "transformers", "bytes"]
+    assert all(re.search(r"GB/s .* memory [\d.]+ x the file$", line) for line in lines)
+    weights = race_load.weights_of(race_load.CONTENDERS["ours"](tmp_path))
+    with pytest.raises(FloatingPointError, match="1 of 38 tensors differ, the first is model.norm.weight"):
+        race_load.same_weights(weights, weights | {"model.norm.weight": 1})
+
+
+def test_the_training_state_of_the_1b_shape_is_small(tmp_path):
+    """Adapters of rank 8 in all projections, moments and best copy: 5.6 million numbers, 16 bytes each, under 150 MB."""
+    count, size = race_load.state_bytes(race_llama.shape_of("1b"), tmp_path)
+    assert count == 16 * 8 * (2 * (2048 + 2048) + 2 * (2048 + 512) + 3 * (2048 + 8192)) and 16 * count < size < 16.1 * count
+    assert size < 150e6
