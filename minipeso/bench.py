@@ -5,6 +5,7 @@
     python -m minipeso.bench trie        building the trie of --items, and a step of it; nested dictionaries
     python -m minipeso.bench load        a checkpoint of --shape (1b: Llama 3.2) into memory; transformers, bytes alone
     python -m minipeso.bench data        --rows ratings as CSV, to stages; pandas, polars, lists and dictionaries
+    python -m minipeso.bench towers      an epoch of LightGCN; its sparse products alone
     python -m minipeso.bench growth      ours alone: seconds and bytes as items, users, stages, history, beams grow
 
     train, generate: --memory for peak memory instead of time; train: --alone for one pair a user
@@ -24,7 +25,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from minipeso import race, race_data, race_growth, race_load, race_trie
+from minipeso import race, race_data, race_growth, race_load, race_towers, race_trie
 from minipeso.config import UsageError, guard
 from minipeso.race_llama import (LEVELS, SHAPES, Case, generate_contest, libraries, make_case, shape_of,
                                  train_contest)
@@ -88,11 +89,15 @@ def data(args: Namespace) -> None:
     race_data.run(args.rows, args.rounds)
 
 
+def towers(args: Namespace) -> None:
+    race_towers.run(args.rounds)
+
+
 def growth(args: Namespace) -> None:
     print(race.machine(torch), *race_growth.table(args.rounds), sep="\n")
 
 
-TASKS = {"train": contest, "generate": contest, "trie": trie, "load": load, "data": data, "growth": growth}
+TASKS = {"train": contest, "generate": contest, "trie": trie, "load": load, "data": data, "towers": towers, "growth": growth}
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minipeso import bench, race, race_data, race_growth, race_llama, race_load, race_trie
+from minipeso import bench, race, race_data, race_growth, race_llama, race_load, race_towers, race_trie
 from minipeso.config import UsageError, guard, resolve
 from minipeso.llama import LlamaConfig
 from minipeso.tokens import rows
@@ -317,3 +317,20 @@ def test_the_training_state_of_the_1b_shape_is_small(tmp_path):
     count, size = race_load.state_bytes(race_llama.shape_of("1b"), tmp_path)
     assert count == 16 * 8 * (2 * (2048 + 2048) + 2 * (2048 + 512) + 3 * (2048 + 8192)) and 16 * count < size < 16.1 * count
     assert size < 150e6
+
+
+def test_an_epoch_of_towers_is_a_real_one(monkeypatch, capsys):
+    """The epoch learns (its graph has as many edges as drawn, its vectors move), and the ranking ranks everybody asked."""
+    moved = []
+    real = race_towers.fit
+    monkeypatch.setattr(race_towers, "fit", lambda E, *rest: moved.append((real(E, *rest) - E).abs().max().item()))
+    for name, value in (("USERS", 40), ("ITEMS", 60), ("EDGES", 300)):
+        monkeypatch.setattr(race_towers, name, value)
+    runs, ranking = race_towers.contest(40, 60, 300)
+    for run in runs.values():
+        run()
+    assert moved and moved[0] > 1e-3 and len(ranking()) == 40
+    monkeypatch.setattr(race_towers, "contest", lambda: (runs, ranking))
+    race_towers.run(1)
+    *_, ours, bound, ranked = capsys.readouterr().out.splitlines()
+    assert ours.startswith("ours ") and bound.startswith("sparse products and Adam ") and " s [" in ranked

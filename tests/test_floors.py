@@ -16,7 +16,7 @@ FLOORS = (
     "disk signals cache rows", "ratings",  # the system below
     "config synthetic reviews metrics llama lora proximal rqvae trie embed journal paper lightgcn sasrec download race",  # alone
     "stages semantic_ids tokens hub theory beam checkpoint pisa race_trie",  # two things joined
-    "cumulative objective race_data evaluate prepare report keeper twotower",  # the mechanism
+    "cumulative objective race_data race_towers evaluate prepare report keeper twotower",  # the mechanism
     "continual reopen",
     "evorec recommend export",
     "run explain race_llama race_load",  # using it
