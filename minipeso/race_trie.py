@@ -1,7 +1,7 @@
 """The trie beside nested dictionaries of tokens, the usual companion of generate(): time to build, memory held, and
 what a step of decoding costs at several sizes of the catalogue.
 
-    python -m minipeso.race_trie ours|dictionary ITEMS     one contender, in a process of its own
+    python -m minipeso.race_trie ours|dictionary ITEMS LEVELS CODES     one contender, in a process of its own
 """
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from minipeso import race
 from minipeso.trie import Trie
 
 LEVELS, CODES, FIRST_TOKEN = 4, 256, 128_256
+DEEP = (8, 2048)  # levels and codes of the largest semantic IDs in use
 USERS, BEAMS, PREFIXES = 64, 10, 500
 MOST = 1_000_000  # items that dictionaries are asked to hold
 
 
-def catalogue(items: int) -> Tensor:
+def catalogue(items: int, levels: int = LEVELS, n_codes: int = CODES) -> Tensor:
     """Random codes (items, L)."""
-    return torch.randint(CODES, (items, LEVELS), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    kind = torch.uint8 if n_codes <= 256 else torch.int16
+    return torch.randint(n_codes, (items, levels), generator=torch.Generator().manual_seed(0), dtype=kind)
 
 
 def nested(tokens: Tensor) -> dict:
@@ -75,13 +77,16 @@ def check(items: int) -> str:
 def build_race(items: int, rounds: int) -> list[str]:
     """A line for every contender: time, memory held, and the highest while it was built."""
     names = list(CONTENDERS) if items <= MOST else ["ours"]
-    found = race.compare_children("minipeso.race_trie", {name: (name, items) for name in names}, rounds)
+    found = race.compare_children("minipeso.race_trie", {name: (name, items, LEVELS, CODES) for name in names}, rounds)
     shown = race.lines({name: [one.seconds for one in ones] for name, ones in found.items()}, items, "items")
     ours = found["ours"][0].said["held"]
     for name, ones in found.items():
         held, peak = (np.median([one.said[key] for one in ones]) for key in ("held", "peak"))
         shown.append(f"{name:29}{held / items:10.1f} bytes an item, {peak / items:.1f} at most while it is built   "
                      f"{held / ours:6.2f} x ours")
+    deep = race.child("minipeso.race_trie", "ours", items, *DEEP)
+    shown.append(f"ours, {DEEP[0]} x {DEEP[1]:,} codes{'':9}{deep.seconds * 1e3:10.1f} ms, {deep.said['held'] / items:.1f} bytes an "
+                 f"item, {deep.peak / items:.1f} at most while it is built")
     return shown + [f"ours alone: dictionaries are not asked to hold more than {MOST:,} items"] * (items > MOST)
 
 
@@ -101,14 +106,15 @@ def step_table(items: int, rounds: int) -> list[str]:
             *(f"{name:>14}{''.join(row)}" for name, row in cells.items())]
 
 
-def main(name: str, items: int) -> None:
+def main(name: str, items: int, levels: int, n_codes: int) -> None:
     """Builds one contender. A dictionary is Python's, and only grows: what it holds is what it needed at most."""
-    codes, kept, seconds = catalogue(items), [], []
-    Trie(codes[:1000])  # what torch sets up once
+    codes, kept, seconds = catalogue(items, levels, n_codes), [], []
+    make = partial(Trie, n_codes=n_codes) if name == "ours" else CONTENDERS[name]
+    Trie(codes[:1000], n_codes)  # what torch sets up once
 
     def run() -> None:
         began = time.perf_counter()
-        kept.append(CONTENDERS[name](codes))
+        kept.append(make(codes))
         seconds.append(time.perf_counter() - began)
 
     peak = race.peak_of(run)
@@ -117,4 +123,4 @@ def main(name: str, items: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from minipeso.beam import beam_search, computed
 from minipeso.hub import load_llama
@@ -237,3 +238,17 @@ def test_a_part_of_the_log_softmax(at_once, first):
     x = torch.randn(3, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     want = table.logits(x).log_softmax(-1)[..., first:first + 5]
     torch.testing.assert_close(table.log_p(x, first, 5, at_once), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_no_value_is_waited_for(head):
+    """Decoding runs to its end on tensors that have shapes and no values: nothing is read back from the device, so
+    a GPU is never waited for between levels."""
+    model, codes = model_for(dtype=torch.float32), catalogue(200)
+    trie = Trie(codes, N_CODES)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batch = [torch.zeros(length, dtype=torch.long) for length in (7, 4, 12)]
+        found, scores = beam_search(model, batch, trie, 1, head=computed(model, [0, 1, 2]) if head else None)
+        assert found.shape == (3, 10, 4) and scores.shape == (3, 10) and isinstance(found, FakeTensor)
+        with pytest.raises(DataDependentOutputException):
+            scores.sum().item()
