@@ -12,7 +12,7 @@ from minipeso.download import cached, fetch_checkpoint, fetch_small
 from minipeso.llama import Llama, LlamaConfig, Rotary
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -101,33 +101,23 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors(file: Path, tied: bool):
-    """(name, tensor) of a safetensors file, less what carries no information, in the order of its bytes.
-
-    Each is read into memory of its own: safe_open's tensors are views of the mapped file, so that whoever
-    wrote into it would change the model, and copies beside the map would take twice the memory."""
+    """(name, tensor) of a safetensors file, less what carries no information. A tensor is a private view of the
+    mapped file: nothing is copied until it is written to, changes its type or goes to a GPU."""
     try:
-        with safe_open(file, "pt"):  # the header is sound, and the file as long as it says
-            pass
+        with safe_open(file, "pt") as f:
+            for name in f.keys():
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue  # written by old versions; computed here
+                if tied and name == "lm_head.weight":
+                    continue  # the embedding under its second name
+                tensor = f.get_tensor(name)
+                if tensor.dtype not in FLOATS:
+                    raise ValueError(f"{file} holds no plain weights\n{name} is {tensor.dtype}, known are "
+                                     f"{', '.join(map(str, FLOATS))}\nuse a checkpoint that is not quantised")
+                yield name, tensor
     except SafetensorError as error:
         raise ValueError(f"{file} is not an intact safetensors file\n{file.stat().st_size:,} bytes: {error}\n"
                          "delete it and download it again") from error
-    with open(file, "rb") as f:
-        begin = 8 + int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(begin - 8))
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # written by old versions; computed here
-            if tied and name == "lm_head.weight":
-                continue  # the embedding under its second name
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{file} holds no plain weights\n{name} is {entry['dtype']}, known are "
-                                 f"{', '.join(DTYPES)}\nuse a checkpoint that is not quantised")
-            tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-            f.seek(begin + entry["data_offsets"][0])
-            if f.readinto(tensor.flatten().view(torch.uint8).numpy()) != tensor.nbytes:
-                raise ValueError(f"{file} became shorter while it was read\n{name} is cut off\ndownload it again")
-            yield name, tensor
 
 
 def _assign(model: Llama, name: str, tensor: torch.Tensor) -> None:

