@@ -21,6 +21,16 @@ WIDEST = 64  # bytes of a plain key
 TIMES = (10**10, 4_102_444_800_000)  # ms: what could not be seconds, up to the year 2100
 
 
+def ordered(first: np.ndarray, *ties: np.ndarray) -> np.ndarray:
+    """The order by `first`, equals by `ties`, as np.lexsort gives it; faster where equals are few."""
+    order = np.argsort(first)
+    equal = np.diff(first[order]) == 0
+    tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal))
+    rows = order[tied]
+    order[tied] = rows[np.lexsort((*(key[rows] for key in ties[::-1]), first[rows]))]
+    return order
+
+
 class Keys:
     """Numbers 0, 1, ... for keys in the order in which they come."""
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minipeso.ratings import Keys, read_ratings
+from minipeso.ratings import Keys, ordered, read_ratings
 from minipeso.rows import SECONDS, BadRow, Tally, read_lines
 
 REVIEW_FILES = re.compile(r"(?!meta_|\.).*\.(jsonl|csv)(\.gz)?")
@@ -185,7 +185,7 @@ def read_reviews(path: str | Path, start: int | None = None,
     user, users = _sorted_keys(user[inside], users)
     item, items = _sorted_keys(item[inside], items)
     time = time[inside]
-    order = np.lexsort((item, user, time))
+    order = ordered(time, user, item)
     return Interactions(user[order], item[order], time[order], users, items, bad, rows - len(inside), core)
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minipeso.ratings import ordered
 from minipeso.reviews import BLOCK_FILES, Interactions, day, find_one, listing, matching
 
 INDEX_FILES = re.compile(r"(?!\.).*\.index.*\.json")
@@ -73,7 +74,7 @@ def cut(interactions: Interactions, first: float = 0.6, stages: int = 5,
     if not 0 < first < 1 or not 1 <= stages <= len(time) or time.min() == time.max():
         raise ValueError(f"cannot cut into {stages} stages by time, the first of {first:g}\n"
                          f"found {span}\nuse more data, fewer stages or a longer span of years")
-    order = np.lexsort((interactions.item, interactions.user, time))
+    order = ordered(time, interactions.user, interactions.item)
     cuts, past = [], {}
     for number, part in enumerate(np.split(order, _bounds(len(order), first, stages)), start=1):
         current = _by_user(interactions.user[part], interactions.item[part], min_events)

@@ -347,3 +347,12 @@ def test_equal_hashes_are_told_apart(monkeypatch):
     real = np.unique
     monkeypatch.setattr(np, "unique", lambda x, axis=None, **rest: real(x if axis == 0 else x * np.uint64(0), axis=axis, **rest))
     assert len(set(want.tolist())) == 3 and (keys.of(some) == want).all() and want[0] == want[2]
+
+
+@given(st.lists(st.tuples(*3 * [st.integers(-3, 3)]), min_size=1, max_size=50))
+def test_ordered_is_lexsort(rows):
+    """By the first key, equals by the second, then the third; what is wholly equal in whatever order."""
+    a, b, c = np.array(rows).T
+    order = ratings.ordered(a, b, c)
+    assert sorted(order.tolist()) == list(range(len(rows)))
+    assert np.array_equal(np.array(rows)[order], np.array(rows)[np.lexsort((c, b, a))])
