@@ -52,6 +52,7 @@ def theirs(folder: Path) -> torch.nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     return LlamaForCausalLM.from_pretrained(folder, dtype=DTYPE)
 
 
