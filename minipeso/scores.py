@@ -152,7 +152,8 @@ def audit_table(filled: Filled, cells: dict[tuple[str, float], Cell], zero: Cell
     ratio: || lam d prox/dv || / || d CE/dv ||. moved: ||v_t - v_{t-1}||. held: 1 - moved / moved(lam = 0), the share
     of the movement that the term explains. lam at 10 %: from the ratio, which grows with lam on a given path.
     """
-    stages = list(averaged(filled).values())[-1]
+    stages = [t for t in list(averaged(filled).values())[-1]  # a stage with test users may have nothing to learn from
+              if all(t in result.training for cell in cells.values() for result in filled[cell] if not result.diverged)]
 
     def said(cell: Cell, t: str, name: str) -> float:
         return statistics.fmean(result.training[t][name] for result in filled[cell])

@@ -152,6 +152,15 @@ def test_a_reference_that_diverged_costs_the_differences_only():
         json.dumps(values, allow_nan=False)
 
 
+def test_a_stage_without_training_is_left_out_of_the_audit():
+    """Test users but nobody with three items: the stage has ranks and no step, and the others are shown."""
+    said = {"2": {"prox_ce_ratio": 0.1, "moved": 1.0, "valid_ce": 2.0, "touched": None}}
+    zero, two = Cell("single"), Cell("peso")
+    filled = {cell: [result([1], [1, 0], [1, 1])._replace(training=said)] for cell in (zero, two)}
+    _, values = scores.audit_table(filled, {("Eq. 12", 0.0): zero, ("Eq. 12", 2.0): two}, zero)
+    assert values["Eq. 12, 2"]["ratio"] == [0.1] and values["Eq. 12, 2"]["held"] == [0.0]
+
+
 def test_what_training_said(table):
     """Per stage: the best validation loss, the median ratio, the distance moved - from the journal's own lines."""
     cfg, found = table
