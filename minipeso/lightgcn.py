@@ -107,7 +107,7 @@ def full_ranks(H: Tensor, n_users: int, known: Tensor, asked: Questions, top: in
     """(n,) int64: the 1-based rank of every target among all `known` items but those the user has had; 0 beyond
     `top`, and where the target is not known. Ties go to the smaller item number.
 
-    One product a batch, no loop over users: 2,000 users x 26,000 items in a fifth of a second on one core.
+    One product a batch, no loop over users (`python -m minipeso.bench towers` times it).
     """
     items, n_items = H[n_users:], len(H) - n_users
     hidden = torch.full((n_items,), -torch.inf)

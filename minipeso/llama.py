@@ -75,7 +75,7 @@ def rope_frequencies(rope: dict, head_dim: int, dtype: torch.dtype = torch.float
     missing = [name for name in ("rope_theta", *need[kind]) if rope.get(name) is None]
     if missing:
         raise ValueError(f"config.json's rope parameters lack {', '.join(missing)}")
-    # on the CPU even where a model is built without weights: the first arange on "meta" imports for two seconds
+    # on the CPU even where a model is built without weights: the first arange on "meta" imports hundreds of modules
     speed = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=dtype, device="cpu") / head_dim)  # (e/2,)
     if kind == "default":
         return speed

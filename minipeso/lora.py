@@ -67,7 +67,7 @@ class LoRALinear(nn.Module):
         """s B A dropout(x): (..., d_in) -> (..., d_out)."""
         A, B = self.factors()
         z = F.linear(self.dropout(x), A.to(x.dtype))  # (..., r)
-        # s on the narrow side; B^T laid out by rows, so that its gradient is z^T dy: MKL is ten times slower at dy^T z
+        # s on the narrow side; B^T laid out by rows, so that its gradient is z^T dy: MKL is far slower at dy^T z
         return (z * self.scale) @ B.to(x.dtype).t().contiguous()  # (..., d_out)
 
     @torch.no_grad()

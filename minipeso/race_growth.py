@@ -15,7 +15,7 @@ from minipeso.continual import METHODS, choose_trainable
 from minipeso.llama import Llama
 from minipeso.lora import adapters, inject, rewrap
 from minipeso.objective import stage_loss
-from minipeso.race_llama import ALPHA, BEAMS, LEVELS, RANK, WINDOW, draw_pairs, shape_of, trainable
+from minipeso.race_llama import ALPHA, BEAMS, LEVELS, RANK, WINDOW, distinct_codes, draw_pairs, shape_of, trainable
 from minipeso.tokens import Template, batches, collate, rows
 from minipeso.trie import Trie
 
@@ -31,12 +31,6 @@ def make_model() -> Llama:
     return model
 
 
-def catalogue(items: int) -> torch.Tensor:
-    """Distinct random codes (items, L), spread over the first level as a trained RQ-VAE's."""
-    keys = np.random.default_rng(0).choice(N_CODES**LEVELS, items, replace=False)
-    return torch.from_numpy(keys[:, None] // N_CODES ** np.arange(LEVELS)[::-1] % N_CODES)
-
-
 def search(model: Llama, trie: Trie, history: int, beams: int) -> tuple[Callable, int]:
     """(ranking USERS users, bytes of keys and values a user)."""
     prompts = [torch.randint(1, 1 + LEVELS * N_CODES, (1 + LEVELS * history,)) for _ in range(USERS)]
@@ -47,8 +41,7 @@ def search(model: Llama, trie: Trie, history: int, beams: int) -> tuple[Callable
 
 def epoch(model: Llama, users: int, penalty: str = "none") -> Callable:
     """AdamW over all pairs of `users` users once."""
-    codes = catalogue(ITEMS).numpy()
-    template = Template.short(codes, N_CODES)
+    template = Template.short(distinct_codes(ITEMS), N_CODES)
     data = rows(draw_pairs(ITEMS, users, 0), template)
     optimiser = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
 
@@ -75,7 +68,7 @@ def after(method: str, t: int) -> Llama:
 
 
 def built(items: int) -> tuple[float, int]:
-    codes = catalogue(items)
+    codes = torch.from_numpy(distinct_codes(items))
     began = time.perf_counter()
     trie = Trie(codes, N_CODES)
     return time.perf_counter() - began, sum(t.nbytes for t in trie.first + trie.code)
@@ -100,9 +93,9 @@ def table(rounds: int) -> list[str]:
     made = [built(n) for n in sizes]
     found.append(f"{'items, building the trie':28}{'all':12}" + "  ".join(
         f"{n:>9,}: {s * 1e3:9.1f} ms {b / 2**20:,.1f} MiB" for n, (s, b) in zip(sizes, made)))
-    runs = {str(n): search(model, Trie(catalogue(n), N_CODES), WINDOW, BEAMS)[0] for n in sizes}
+    runs = {str(n): search(model, Trie(distinct_codes(n), N_CODES), WINDOW, BEAMS)[0] for n in sizes}
     found.append(line("items, ten beams", sizes, runs, USERS, "a user", 3 * [""], rounds))
-    trie = Trie(catalogue(ITEMS), N_CODES)
+    trie = Trie(distinct_codes(ITEMS), N_CODES)
     for what, sizes, make in (("items of history", (5, 10, 20), lambda n: search(model, trie, n, BEAMS)),
                               ("beams", (5, 10, 20), lambda n: search(model, trie, WINDOW, n))):
         pairs = {str(n): make(n) for n in sizes}

@@ -65,6 +65,12 @@ def shape_of(name: str) -> LlamaConfig:
                    intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=32)
 
 
+def distinct_codes(items: int, n_codes: int = 256) -> np.ndarray:
+    """Random codes (items, L), all different."""
+    keys = np.random.default_rng(0).choice(n_codes**LEVELS, items, replace=False)
+    return keys[:, None] // n_codes ** np.arange(LEVELS)[::-1] % n_codes
+
+
 def make_case(shape: LlamaConfig, items: int = 26_000, n_codes: int = 256, device="cpu") -> Case:
     """Random weights, distinct codes, and a prompt of random words where there are any. B is not zero as in a new
     adapter: A would get no gradient."""
@@ -75,8 +81,7 @@ def make_case(shape: LlamaConfig, items: int = 26_000, n_codes: int = 256, devic
     choose_trainable(ours, "adapter")
     for _, layer in adapters(ours):
         layer.B.data.normal_(0, 0.02, generator=generator)
-    keys = np.random.default_rng(0).choice(n_codes**LEVELS, items, replace=False)
-    codes = keys[:, None] // n_codes ** np.arange(LEVELS)[::-1] % n_codes  # (items, L)
+    codes = distinct_codes(items, n_codes)
     words = torch.randint(shape.vocab_size, (HEAD + TAIL,), generator=generator).tolist()
     head, tail = (words[:HEAD], words[HEAD:]) if shape.vocab_size > 1 else ([0], [])
     template = Template(tuple(head), (), tuple(tail), (), code_tokens(codes, n_codes, shape.vocab_size),

@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minipeso.rows import Tally, read_blocks
+from minipeso.rows import SECONDS_RANGE, YEAR_2100, Tally, read_blocks
 
 COMMA, NEWLINE = 44, 10
 PLAIN = np.zeros(256, bool)
 PLAIN[33:127], PLAIN[34], PLAIN[NEWLINE] = True, False, True
 WIDEST = 64  # bytes of a plain key
-TIMES = (10**10, 4_102_444_800_000)  # ms: what could not be seconds, up to the year 2100
 
 
 def ordered(first: np.ndarray, *ties: np.ndarray) -> np.ndarray:
@@ -129,7 +128,7 @@ def gathered(data: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndar
 
 
 def times(data: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Numbers written in digits; -1 for what is not plainly a time."""
+    """Times in ms written in digits; -1 for what is not plainly one."""
     value, power = np.zeros(len(start), np.int64), 1
     wrong = (length < 11) | (length > 13)
     for place in range(13):
@@ -137,4 +136,4 @@ def times(data: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray
         wrong |= digit > 9
         value += digit.astype(np.int64) * power
         power *= 10
-    return np.where(wrong | (value < TIMES[0]) | (value >= TIMES[1]), -1, value)
+    return np.where(wrong | (value < SECONDS_RANGE[1]) | (value >= YEAR_2100), -1, value)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from minipeso.ratings import Keys, ordered, read_ratings
-from minipeso.rows import SECONDS, BadRow, Tally, read_lines
+from minipeso.rows import SECONDS, SECONDS_RANGE, YEAR_2100, BadRow, Tally, read_lines
 
 REVIEW_FILES = re.compile(r"(?!meta_|\.).*\.(jsonl|csv)(\.gz)?")
 META_FILES = re.compile(r"meta_.*\.jsonl(\.gz)?")
@@ -32,8 +32,6 @@ BLOCK_FILES = re.compile(r"(?!\.).*\.block_(\d+)\.json")
 EXPECTED = ("expected C.jsonl[.gz] or C.csv[.gz] with meta_C.jsonl[.gz], "
             "or the release's C.all.block_0.json ... with C.index*.json")
 
-YEAR_2100 = 4_102_444_800_000        # ms
-SECONDS_RANGE = (10**8, 10**10)      # 1973 .. 2286 in seconds; read as ms: the spring of 1970
 # A tag, an escaped token such as <a_12> or <|eot|>, or a control character: never part of a name.
 MARKUP = re.compile(r"<[^<>\s][^<>]*>|[\x00-\x1f\x7f-\x9f]")
 TEXT_FIELDS = ("title", "store", "categories", "description")

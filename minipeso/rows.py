@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_BAD = 0.01                       # share of unreadable rows above which a file is refused
+YEAR_2100 = 4_102_444_800_000        # ms
+SECONDS_RANGE = (10**8, 10**10)      # 1973 .. 2286 in seconds; read as ms: the spring of 1970
 SECONDS = "timestamps in seconds"
 BLOCK = 1 << 24                      # bytes
 

@@ -258,7 +258,7 @@ def test_growth_is_of_the_real_thing():
     """At stage 5, `sumlora-all` holds five adapters and PESO one; keys and values grow with history and beams."""
     one, five = (race_growth.stored(race_growth.after(method, 5)) for method in ("peso", "sumlora-all"))
     assert five == 5 * one and one == race_growth.stored(race_growth.make_model())
-    trie, model = Trie(race_growth.catalogue(500), 256), race_growth.make_model()
+    trie, model = Trie(race_llama.distinct_codes(500), 256), race_growth.make_model()
     sizes = [race_growth.search(model, trie, history, beams)[1] for history, beams in ((5, 5), (10, 5), (10, 10))]
     assert sizes[1] - sizes[0] == 2 * 4 * 2 * 32 * 4 * 20, "two arrays, 4 layers, 2 heads of 32 floats, 20 tokens"
     assert sizes[2] - sizes[1] == 2 * 4 * 2 * 32 * 4 * 15
