@@ -5,6 +5,7 @@
     python -m minipeso.bench trie        building the trie of --items, and a step of it; nested dictionaries
     python -m minipeso.bench load        a checkpoint of --shape (1b: Llama 3.2) into memory; transformers, bytes alone
     python -m minipeso.bench data        --rows ratings as CSV, to stages; pandas, polars, lists and dictionaries
+    python -m minipeso.bench rqvae       an epoch of the RQ-VAE, and the IDs of 50,000 items; the released procedure
     python -m minipeso.bench towers      an epoch of LightGCN; its sparse products alone
     python -m minipeso.bench growth      ours alone: seconds and bytes as items, users, stages, history, beams grow
 
@@ -25,7 +26,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from minipeso import race, race_data, race_growth, race_load, race_towers, race_trie
+from minipeso import race, race_data, race_growth, race_load, race_rqvae, race_towers, race_trie
 from minipeso.config import UsageError, guard
 from minipeso.race_llama import (LEVELS, SHAPES, Case, generate_contest, libraries, make_case, shape_of,
                                  train_contest)
@@ -93,11 +94,16 @@ def towers(args: Namespace) -> None:
     race_towers.run(args.rounds)
 
 
+def rqvae(args: Namespace) -> None:
+    race_rqvae.run(args.rounds)
+
+
 def growth(args: Namespace) -> None:
     print(race.machine(torch), *race_growth.table(args.rounds), sep="\n")
 
 
-TASKS = {"train": contest, "generate": contest, "trie": trie, "load": load, "data": data, "towers": towers, "growth": growth}
+TASKS = {"train": contest, "generate": contest, "trie": trie, "load": load, "data": data, "rqvae": rqvae, "towers": towers,
+         "growth": growth}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -32,6 +32,10 @@ def machine(*modules) -> str:
     """The line above every table: cores, Python, versions."""
     versions = [f"{module.__name__} {module.__version__}" for module in modules]
     return ", ".join([f"{os.cpu_count()} cores; Python {platform.python_version()}", *versions])
+
+
+def refuse(verb: str, found: object) -> NoReturn:
+    raise FloatingPointError(f"the contenders do not {verb} the same\n{found}\ntimings of different work mean nothing")
 
 
 def compare(runs: dict[str, Callable], rounds: int, wait: Callable[[], None] = lambda: None) -> dict[str, list[float]]:

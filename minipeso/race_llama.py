@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from minipeso import race
 from minipeso.beam import beam_search, computed
 from minipeso.config import UsageError, resolve
 from minipeso.continual import choose_trainable
@@ -164,8 +165,7 @@ def same_training(contenders: list[tuple[torch.nn.Module, Callable]], data: list
     apart = [torch.stack([(x - first).norm() / first.norm() for x in others]).max().item()
              for first, *others in zip(*found)]
     if not (apart[0] <= 1e-5 and apart[1] <= 1e-4):
-        raise FloatingPointError("the contenders do not train the same\nloss differs by {:.1e}, gradient by "
-                                 "{:.1e}\ntimings of different work mean nothing".format(*apart))
+        race.refuse("train", "loss differs by {:.1e}, gradient by {:.1e}".format(*apart))
     return apart
 
 
@@ -220,6 +220,5 @@ def same_search(items: Tensor, scores: Tensor, peer_items: Tensor, peer_scores: 
     found = zip(*([set(map(tuple, user)) for user in x.tolist()] for x in (items, peer_items)), strict=True)
     other, apart = sum(a != b for a, b in found), (scores - peer_scores).abs().max().item()
     if other or not apart <= 1e-4:
-        raise FloatingPointError(f"the contenders do not find the same\n{other} of {len(items)} users have "
-                                 f"other items, scores {apart:.1e} apart\ntimings of different work mean nothing")
+        race.refuse("find", f"{other} of {len(items)} users have other items, scores {apart:.1e} apart")
     return apart

@@ -77,8 +77,7 @@ def same_weights(ours: dict[str, int], others: dict[str, int]) -> int:
     """How many tensors both sides have, byte for byte; FloatingPointError names one that differs."""
     wrong = sorted(name for name in ours.keys() | others.keys() if ours.get(name) != others.get(name))
     if wrong:
-        raise FloatingPointError(f"the contenders do not load the same\n{len(wrong)} of {len(ours)} tensors differ, "
-                                 f"the first is {wrong[0]}\ntimings of different work mean nothing")
+        race.refuse("load", f"{len(wrong)} of {len(ours)} tensors differ, the first is {wrong[0]}")
     return len(ours)
 
 

@@ -56,8 +56,7 @@ def same_children(trie: Trie, tree: dict, prefixes: Tensor) -> int:
             codes, states = (x[0].tolist() for x in trie.step(torch.tensor([state]), level))
             found = {FIRST_TOKEN + CODES * level + c: s for c, s in zip(codes, states) if c >= 0}
             if found.keys() != node.keys():
-                raise FloatingPointError(f"the contenders do not hold the same\nafter {prefix[:level]} {len(found)} codes "
-                                         f"follow in one, {len(node)} in the other\ntimings of different work mean nothing")
+                race.refuse("hold", f"after {prefix[:level]} {len(found)} codes follow in one, {len(node)} in the other")
             checked += 1
             token = FIRST_TOKEN + CODES * level + code
             if token not in node:

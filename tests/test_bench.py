@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minipeso import bench, race, race_data, race_growth, race_llama, race_load, race_towers, race_trie
+from minipeso import bench, race, race_data, race_growth, race_llama, race_load, race_rqvae, race_towers, race_trie
 from minipeso.config import UsageError, guard, resolve
 from minipeso.llama import LlamaConfig
 from minipeso.tokens import rows
@@ -334,3 +334,23 @@ def test_an_epoch_of_towers_is_a_real_one(monkeypatch, capsys):
     race_towers.run(1)
     *_, ours, bound, ranked = capsys.readouterr().out.splitlines()
     assert ours.startswith("ours ") and bound.startswith("sparse products and Adam ") and " s [" in ranked
+
+
+def test_rq_vaes_are_compared_on_equal_losses_gradients_and_ids(monkeypatch, capsys):
+    """The released shape of the code computes the same; an epoch moves both sides; five lines of times; a codeword moved by
+    1 on one side is noticed."""
+    for name, value in (("ITEMS", 700), ("WIDTH", 12), ("BATCH", 300), ("STEPS", 2), ("RELEASE_HIDDEN", (16,))):
+        monkeypatch.setattr(race_rqvae, name, value)
+    race_rqvae.run(1)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"equal: loss to \de[+-]\d\d, gradients of the encoder to \de[+-]\d\d, 100.00% of the IDs$", lines[1]), lines[1]
+    assert [line.split()[0] for line in lines[2:]] == ["an", "ours", "released", "IDs", "ours", "released,", "released,"]
+    ours, peer, x = race_rqvae.make(700, 12, (16,))
+    for side, run in ((ours, "ours"), (peer, "released")):
+        before = [p.detach().clone() for p in side.parameters()]
+        race_rqvae.contests(ours, peer, x)[0][run]()
+        assert all((p != b).any() for p, b in zip(side.parameters(), before)), run
+    ours, peer, x = race_rqvae.make(700, 12, (16,))
+    peer.books[0].weight.data += 1
+    with pytest.raises(FloatingPointError, match="the contenders do not quantise the same"):
+        race_rqvae.check(ours, peer, x)
