@@ -57,10 +57,16 @@ class RQVAE(nn.Module):
         return F.mse_loss(self.decoder(z_q), x), torch.stack(losses).mean()
 
     @torch.no_grad()
+    def encode(self, x: Tensor, part: int = 2048) -> Tensor:
+        """z of all items, `part` of them at a time: at once, the widest hidden layer alone is 8 KiB an item.
+        (n, d_in) -> (n, d)"""
+        return torch.cat([self.encoder(some) for some in x.split(part)])
+
+    @torch.no_grad()
     def quantise(self, x: Tensor) -> Tensor:
         """Greedy codes, the nearest codeword at every level. (n, d_in) -> (n, L) int64"""
         require_finite(x)
-        return quantise_residuals(self.encoder(x), self.codebooks)[0]
+        return quantise_residuals(self.encode(x), self.codebooks)[0]
 
     @torch.no_grad()
     def init_codebooks(self, x: Tensor, generator: torch.Generator) -> None:
@@ -69,7 +75,7 @@ class RQVAE(nn.Module):
         Release: size-constrained k-means. Here: plain; it is Sinkhorn that spreads the last level.
         """
         require_finite(x)
-        residual = self.encoder(x)  # (n, d)
+        residual = self.encode(x)  # (n, d)
         for codebook in self.codebooks:
             codebook.copy_(kmeans(residual, len(codebook), generator))
             residual = residual - codebook[squared_distances(residual, codebook).argmin(1)]

@@ -65,7 +65,7 @@ class SemanticIDs:
         model.init_codebooks(x, generator)
         train(model, x, epochs, generator, **training)
         with torch.no_grad():
-            z, codebooks = model.encoder(x).cpu(), model.codebooks.cpu()  # (n, d), (L, K, d)
+            z, codebooks = model.encode(x).cpu(), model.codebooks.cpu()  # (n, d), (L, K, d)
             greedy, residuals = quantise_residuals(z, codebooks)  # (n, L), (L + 1, n, d)
             ids = (move_to_free(greedy, z, codebooks) if unique
                    else reassign_groups(greedy, residuals[-2], codebooks[-1]))

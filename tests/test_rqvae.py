@@ -136,6 +136,15 @@ def test_quantise_encodes_first():
     assert torch.equal(codes, quantise_residuals(model.encoder(items()), model.codebooks)[0])
 
 
+def test_encoding_in_parts_is_encoding():
+    """A part at a time: the same latents in the same order, and no more than a part is in the encoder at once."""
+    model, sizes = small(), []
+    model.encoder.register_forward_hook(lambda _, inputs, z: sizes.append(len(z)))
+    parts = model.encode(items(), part=7)
+    assert max(sizes) == 7 and sum(sizes) == len(items())
+    assert (parts - model.encoder(items())).abs().max() < 1e-6 and not parts.requires_grad
+
+
 def test_last_level_alone_uses_sinkhorn():
     """In training the last level, and no other, is spread evenly over the batch."""
     model, x, z = with_free_z()
