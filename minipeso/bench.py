@@ -86,24 +86,10 @@ def load(args: Namespace) -> None:
         print(f"training state of the adapter, rank {race_load.RANK}: {count:,} numbers, {size / 1e6:,.1f} MB on the disk")
 
 
-def data(args: Namespace) -> None:
-    race_data.run(args.rows, args.rounds)
-
-
-def towers(args: Namespace) -> None:
-    race_towers.run(args.rounds)
-
-
-def rqvae(args: Namespace) -> None:
-    race_rqvae.run(args.rounds)
-
-
-def growth(args: Namespace) -> None:
-    print(race.machine(torch), *race_growth.table(args.rounds), sep="\n")
-
-
-TASKS = {"train": contest, "generate": contest, "trie": trie, "load": load, "data": data, "rqvae": rqvae, "towers": towers,
-         "growth": growth}
+TASKS = {"train": contest, "generate": contest, "trie": trie, "load": load,
+         "data": lambda args: race_data.run(args.rows, args.rounds), "rqvae": lambda args: race_rqvae.run(args.rounds),
+         "towers": lambda args: race_towers.run(args.rounds),
+         "growth": lambda args: print(race.machine(torch), *race_growth.table(args.rounds), sep="\n")}
 
 
 def main() -> None:

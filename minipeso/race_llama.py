@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial, reduce
-from operator import getitem
+from itertools import groupby
+from operator import attrgetter, getitem
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +27,12 @@ from minipeso.objective import answer_loss
 from minipeso.prepare import llama_config
 from minipeso.race_trie import nested
 from minipeso.stages import Example, Stage, examples
-from minipeso.tokens import IGNORE, Template, code_tokens, collate, rows
+from minipeso.tokens import IGNORE, Template, batches, code_tokens, collate, rows
 from minipeso.trie import Trie
 
 LEVELS, BEAMS, WINDOW, RANK, ALPHA = 4, 10, 20, 8, 16
 HEAD, TAIL = 36, 18  # words before and after the history, about as many as in Appendix D
+POOL, PAIRS = 32, 5.5  # batches from whose users those of like length are taken; pairs a user, in the mean
 SHAPES = ("tiny", "small", "small-smallvocab", "small-bigvocab", "1b")
 
 
@@ -76,8 +78,9 @@ def make_case(shape: LlamaConfig, items: int = 26_000, n_codes: int = 256, devic
     """Random weights, distinct codes, and a prompt of random words where there are any. B is not zero as in a new
     adapter: A would get no gradient."""
     generator = torch.Generator().manual_seed(0)
-    ours = Llama(shape).initialise(generator, std=0.05)
-    ours.grow(LEVELS * n_codes, generator, std=0.05)
+    std = min(0.05, shape.hidden_size ** -0.5)  # above it a wide layer adds more than it gets, to rounding errors too
+    ours = Llama(shape).initialise(generator, std)
+    ours.grow(LEVELS * n_codes, generator, std)
     inject(ours, RANK, ALPHA, generator=generator)
     choose_trainable(ours, "adapter")
     for _, layer in adapters(ours):
@@ -118,6 +121,15 @@ def draw_pairs(n_items: int, users: int, seed: int) -> list[Example]:
     return examples(Stage(1, {user: [] for user in current}, current), "train", WINDOW)
 
 
+def like_length(template: Template, users: int, steps: int) -> list[list[Example]]:
+    """The pairs of `steps` batches of an epoch, of about `users` users each, who are grouped by length as in training."""
+    drawn = draw_pairs(len(template.items), users * POOL, 0)
+    alike = rows(drawn, template)  # a row a user: no window slides
+    pairs_of = {id(row): list(some) for row, (_, some) in zip(alike, groupby(drawn, attrgetter("user")), strict=True)}
+    made = batches(alike, round(PAIRS * users), torch.Generator().manual_seed(0))
+    return [[pair for row in some for pair in pairs_of[id(row)]] for some in made[:steps]]
+
+
 def lone_pairs(n_items: int, users: int, seed: int) -> list[Example]:
     """One pair a user, each with a full window: nothing that pairs could share."""
     items = np.random.default_rng(seed).integers(0, n_items, (users, WINDOW + 1)).tolist()
@@ -143,7 +155,8 @@ def train_contest(case: Case, users: int = 6, steps: int = 4, alone: bool = Fals
     """`steps` steps of AdamW on the pairs of `users` users each, about 32; or `alone`, one pair a user. -> runs by
     name (ours first), how much work a run is, its unit, what was found equal."""
     ours, peer, template = case.ours.train(), case.peer.train(), case.template
-    data = [(lone_pairs if alone else draw_pairs)(len(case.codes), users, seed) for seed in range(steps)]
+    data = ([lone_pairs(len(case.codes), users, seed) for seed in range(steps)] if alone
+            else like_length(template, users, steps))
     contenders = {
         "ours": (ours, lambda pairs: answer_loss(ours, collate(rows(pairs, template), ours.device, template.head))),
         "peft": (peer, partial(peer_loss, peer, template, False)),

@@ -5,6 +5,7 @@ import re
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,20 @@ def test_users_are_like_amazons():
     assert max(len(pair.history) for pair in drawn) < 20
     case_rows = rows(drawn[:200], race_llama.Template.short([[1, 2, 3, 4]] * 1000, 256))
     assert len(case_rows) == len({pair.user for pair in drawn[:200]})
+
+
+def test_batches_are_those_of_an_epoch():
+    """Whole users, each in one batch, about 5.5 pairs a user; users of a batch are of like length, as in training."""
+    template = race_llama.Template((0, 1), (), (2,), (), race_llama.code_tokens(race_llama.distinct_codes(500), 256, 3), 3, 256)
+    made = race_llama.like_length(template, users=6, steps=32)
+    per_user = [[pair.user for pair in batch] for batch in made]
+    users = [user for batch in per_user for user in set(batch)]
+    assert len(users) == len(set(users)) and len(made) >= 28 and len(users) > 0.85 * 6 * 32
+    drawn = race_llama.draw_pairs(500, 6 * 32, 0)
+    assert sorted(map(repr, (pair for batch in made for pair in batch))) == sorted(repr(p) for p in drawn if p.user in set(users))
+    spread = [np.ptp([batch.count(user) for user in set(batch)]) for batch in per_user]
+    assert np.median(spread) <= 2, f"pairs a user differ by {spread} inside the batches"
+    assert 28 < np.mean(list(map(len, made))) < 38
 
 
 def test_shapes_are_those_of_the_command_line():
