@@ -15,7 +15,7 @@ import csv
 from functools import partial
 from pathlib import Path
 
-from minipeso import report
+from minipeso import parallel, report
 from minipeso.config import UsageError, guard
 from minipeso.export import export_merged, export_peft
 from minipeso.journal import counter
@@ -24,6 +24,7 @@ from minipeso.reopen import reopen
 
 
 def main() -> None:
+    parallel.alone("python eval.py")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     for kind in ("json", "csv", "plot", "recommend-all"):

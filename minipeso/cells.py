@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import queue
 import statistics
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,17 +59,25 @@ class Result(NamedTuple):
 
 
 def fill(cfg: Config, cells: Iterable[Cell], seeds: int, resume: bool, workers: int = 1) -> dict[Cell, list[Result]]:
-    """Every cell's results for seeds 0 .. seeds - 1, `workers` seeds and splits at a time, each in a process
-    of its own. One bar for the whole, with the time that is left."""
-    out, cells = Path(cfg.out), list(dict.fromkeys(cells))
+    """Every cell's results for seeds 0 .. seeds - 1, by `workers` processes: each has a share of the cells of one
+    seed and split. One bar for the whole, with the time that is left. ValueError while another fill works in cfg.out."""
+    with disk.alone(Path(cfg.out)):
+        return _fill(cfg, list(dict.fromkeys(cells)), seeds, resume, workers)
+
+
+def _fill(cfg: Config, cells: list[Cell], seeds: int, resume: bool, workers: int) -> dict[Cell, list[Result]]:
+    out = Path(cfg.out)
     splits = {split: prepare.load_dataset(dataclasses.replace(cfg, split=split), out / "world")
               for split in dict.fromkeys(cell.split for cell in cells)}
     agree(out, cfg, {split: prepare.fingerprint(data.stages) for split, data in splits.items()}, resume)
-    groups = [(seed, split, [c for c in cells if c.split == split]) for seed in range(seeds) for split in splits]
-    missing = [(seed, split, [c for c in some if not _file(out, seed, c).is_file()]) for seed, split, some in groups]
-    total = sum(work(cfg, splits[split].stages, some) for _, split, some in missing)
+    groups = [(seed, split, [c for c in cells if c.split == split and not _file(out, seed, c).is_file()])
+              for seed in range(seeds) for split in splits]
+    busy = sum(bool(some) for *_, some in groups)
+    pieces = workers // math.gcd(busy, workers)  # of each group, so that all processes have as much to do
+    tasks = [(seed, split, some[i::pieces]) for i in range(pieces) for seed, split, some in groups if some[i::pieces]]
+    total = sum(work(cfg, splits[split].stages, some) for _, split, some in tasks)
     with tqdm(total=total, unit="pair", unit_scale=True, desc="cells", dynamic_ncols=True) as bar:
-        _compute_all([(cfg, *group) for group in missing if group[2]], workers, bar)
+        _compute_all([(cfg, *task) for task in tasks], workers, bar)
     return {cell: [read(_file(out, seed, cell)) for seed in range(seeds)] for cell in cells}
 
 
@@ -118,15 +128,16 @@ def _folder(out: Path, seed: int, split: str) -> Path:
     return out / (f"seed-{seed}" + "-disjoint" * (split != "natural"))
 
 
-def _compute_all(groups: list[tuple], workers: int, bar: tqdm) -> None:
-    if workers == 1 or len(groups) < 2:
-        for group in groups:
-            _compute(*group, bar.update)
+def _compute_all(tasks: list[tuple], workers: int, bar: tqdm) -> None:
+    if workers == 1 or len(tasks) < 2:
+        for task in tasks:
+            _compute(*task, contextlib.nullcontext(), bar.update)
         return
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(workers, context) as pool:
         done = manager.Queue()  # the pairs that any process has trained on
-        futures = [pool.submit(_compute, *group, done.put) for group in groups]
+        first = {(seed, split): manager.Lock() for _, seed, split, _ in tasks}  # one learns stage 1, the others read it
+        futures = [pool.submit(_compute, *task, first[task[1:3]], done.put) for task in tasks]
         while wait(futures, timeout=0.2).not_done or not done.empty():
             with contextlib.suppress(queue.Empty):
                 while True:
@@ -135,14 +146,15 @@ def _compute_all(groups: list[tuple], workers: int, bar: tqdm) -> None:
             future.result()  # what failed there fails here
 
 
-def _compute(cfg: Config, seed: int, split: str, cells: list[Cell], tick: Callable[[int], None]) -> None:
-    """Stage 1, then every missing cell from there. A diverged one is noted, and the others go on."""
+def _compute(cfg: Config, seed: int, split: str, cells: list[Cell], first_alone: AbstractContextManager,
+             tick: Callable[[int], None]) -> None:
+    """Stage 1, then these cells from there. A diverged one is noted, and the others go on."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     folder = _folder(Path(cfg.out), seed, split)
     mine = dataclasses.replace(cfg, seed=seed, split=split, out=str(folder), resume=True)
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the table speaks, not its parts
+        with first_alone, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the table speaks, not its parts
             run = set_up(mine, tick)
             first = learn_first(run)
     except FloatingPointError as error:  # then no method of this seed has anything to go on from

@@ -23,7 +23,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from minipeso import config, paper, prepare, report, scores
+from minipeso import config, paper, parallel, prepare, report, scores
 from minipeso.cells import Cell, fill
 from minipeso.config import Config, UsageError, unknown
 from minipeso.cumulative import VARIANTS
@@ -130,6 +130,7 @@ def run(name: str, cfg: Config, seeds: int, workers: int, picture: Path | None =
 
 
 def main() -> None:
+    parallel.alone("python -m minipeso.experiments, whose --workers are processes")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, prog="python -m minipeso.experiments")
     parser.add_argument("name", metavar="NAME", help=", ".join(EXPERIMENTS))

@@ -35,6 +35,12 @@ def joined(device: str) -> Iterator[None]:
     distributed.destroy_process_group()  # after a failure torchrun ends the others
 
 
+def alone(instead: str) -> None:
+    """ValueError if torchrun started several processes of a command that is one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"this command is one process\ntorchrun started {os.environ['WORLD_SIZE']}\nuse {instead}")
+
+
 def size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 

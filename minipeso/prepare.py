@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -144,7 +146,11 @@ def from_scratch(cfg: Config) -> bool:
 
 
 def open_gate(cfg: Config) -> None:
-    """Fetches the base's small files: a closed gate is known now, not after hours with the data."""
+    """What would stop the run after hours with the data is known now: a compiler that is not there; a base behind a
+    closed gate, whose small files are fetched."""
+    if cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise OSError("--compile needs a C++ compiler\nfound neither g++ nor clang++, nor what CXX may name\n"
+                      "install one, or leave --compile away")
     if not from_scratch(cfg):
         checkpoint_folder(cfg.base, weights=False)
 

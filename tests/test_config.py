@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import socket
 import subprocess
 import sys
@@ -113,8 +114,16 @@ def test_alive_compile(tmp_path, computed, monkeypatch):
     """--compile hands the model's forward to torch.compile, for any shape, and nothing else."""
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: asked.append((type(module).__name__, how)))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     run(micro(tmp_path / "run", compile=True))
     assert asked == [("LlamaModel", {"dynamic": True})] and fingerprint(tmp_path / "run") == computed()
+
+
+def test_compiling_without_a_compiler_stops_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(OSError, match="--compile needs a C\\+\\+ compiler\nfound") as caught:
+        run(micro(tmp_path / "run", compile=True))
+    assert len(str(caught.value).splitlines()) == 3 and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow

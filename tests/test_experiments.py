@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from minipeso import cells, continual, experiments, paper, report, scores
+from minipeso import cells, continual, disk, experiments, paper, report, scores
 from minipeso.cells import Cell, Result, fill
 from minipeso.config import UsageError, guard
 from minipeso.metrics import bootstrap_interval, gains, hits
@@ -173,7 +174,8 @@ def test_what_training_said(table):
         assert said[t]["moved"] == mine[-1]["moved"] > 0 and said[t]["anchor"] > 0
 
 
-def test_the_bar_reaches_its_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize("seeds, workers", [(2, 1), (1, 2)])
+def test_the_bar_reaches_its_end(seeds, workers, tmp_path, monkeypatch):
     """The work announced is the work done: the time that is left is an estimate of the whole."""
     bars = []
 
@@ -182,18 +184,26 @@ def test_the_bar_reaches_its_end(tmp_path, monkeypatch):
             super().__init__(*rest, **more)
             bars.append(self)
     monkeypatch.setattr(cells, "tqdm", Bar)
-    fill(micro(tmp_path), [Cell("single"), Cell("pretrain"), Cell("retrain")], 2, False)
+    fill(micro(tmp_path), [Cell("single"), Cell("pretrain"), Cell("retrain")], seeds, False, workers)
     assert bars[0].n == pytest.approx(bars[0].total, rel=0.01) and bars[0].total > 1000
 
 
 def test_processes_change_nothing_but_the_time(table, tmp_path):
-    """Two seeds at once, in processes of their own: the same in every cell, but for its seconds."""
+    """Three processes for the three cells of two seeds, so that each seed's are shared out and its stage 1 is learnt once:
+    the same in every cell, but for its seconds."""
     cfg, _ = table
     other = micro(tmp_path)
-    fill(other, SMALL, 2, False, workers=2)
+    fill(other, SMALL, 2, False, workers=3)
     files = [p.relative_to(tmp_path) for p in tmp_path.rglob("cell.json")]
     both = [[json.loads((out / f).read_text()) | {"seconds": 0} for f in files] for out in (tmp_path, Path(cfg.out))]
     assert len(files) == 6 and both[0] == both[1]
+
+
+def test_two_tables_do_not_fill_one_folder(tmp_path):
+    """While one process computes, another on the same --out is refused by name."""
+    with disk.alone(tmp_path), pytest.raises(ValueError, match=f"another process works in .*\n.* pid {os.getpid()}\n"):
+        fill(micro(tmp_path), SMALL, 1, False)
+    assert not (tmp_path / "settings.json").exists()
 
 
 # -- scores -----------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minipeso import parallel
+import eval as eval_script
+from minipeso import experiments, parallel
 from minipeso.config import resolve
 from tests.micro import MICRO, flags, run
 
@@ -97,6 +98,16 @@ def test_alone_nothing_changes():
     assert parallel.total(torch.tensor([2])).item() == 2
     with parallel.joined("cuda"), parallel.first_goes_ahead():
         assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("command", [experiments.main, eval_script.main])
+def test_commands_of_one_process_say_so(command, monkeypatch):
+    """Several processes would write the same cells and files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(ValueError, match="this command is one process\ntorchrun started 2\nuse python") as caught:
+        command()
+    assert len(str(caught.value).splitlines()) == 3
 
 
 def test_more_processes_than_gpus(monkeypatch):
