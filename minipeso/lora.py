@@ -146,20 +146,21 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 PREFIX = "base_model.model."
 
 
-def save_peft(model: nn.Module, folder: str | Path, base: str = "") -> None:
+def save_peft(model: nn.Module, folder: str | Path, base: str = "", tables: bool = False) -> None:
     """Writes adapter_model.safetensors and adapter_config.json as peft does (r, alpha, A, B). Any
     adapter's sum of products is one product of stacked factors, so its `factors` are all there is to write.
 
     Rows of new tokens go with it as peft's trainable tokens: the rows themselves, not differences.
-    A table that is trained whole (recipe `release`) goes as one of peft's modules_to_save.
+    A table that is trained whole (recipe `release`) goes as one of peft's modules_to_save; with `tables` all
+    of them, because an earlier stage trained them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = [layer for _, layer in adapters(model)]
     rank = len(layers[0].factors()[0])
-    tables = [(name.rpartition(".")[2], table) for name, table in _tables(model)]
-    whole = sorted(name for name, t in tables if t.weight.requires_grad)
-    tokens = {name: list(range(len(t.weight), len(t.weight) + len(t.rows))) for name, t in tables
+    those = [(name.rpartition(".")[2], table) for name, table in _tables(model)]
+    whole = sorted(name for name, t in those if tables or t.weight.requires_grad)
+    tokens = {name: list(range(len(t.weight), len(t.weight) + len(t.rows))) for name, t in those
               if t.rows is not None and name not in whole}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
@@ -171,7 +172,7 @@ def save_peft(model: nn.Module, folder: str | Path, base: str = "") -> None:
         # a list means the embedding, and a head tied to it; a head of its own has to be named
         "trainable_token_indices": tokens if len(tokens) > 1 else next(iter(tokens.values()), None),
     }
-    tensors = {name: torch.cat([p.detach() for p in parts]).cpu().contiguous() for name, parts in _places(model).items()}
+    tensors = {name: torch.cat([p.detach() for p in parts]).cpu().contiguous() for name, parts in _places(model, tables).items()}
     write_file(folder / "adapter_model.safetensors", save(dict(sorted(tensors.items())), {"format": "pt"}))
     write_file(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -185,8 +186,11 @@ def load_peft(model: nn.Module, folder: str | Path) -> None:
     config, tensors = _read(folder)
     if not any(True for _ in adapters(model)):
         inject(model, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), config["target_modules"])
+        whole = config.get("modules_to_save") or ()
+        if "lm_head" in whole:
+            model.untie()
         for name, table in _tables(model):  # what is trained whole is stored whole
-            table.weight.requires_grad_(name.rpartition(".")[2] in (config.get("modules_to_save") or ()))
+            table.weight.requires_grad_(name.rpartition(".")[2] in whole)
     places = _places(model, own=True)
     wrong = sorted(places.keys() ^ tensors.keys())
     wrong += [k for k in places if k in tensors and _shape(places[k]) != tuple(tensors[k].shape)]
@@ -235,14 +239,14 @@ def _tables(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, m) for name, m in model.named_modules() if hasattr(m, "rows"))
 
 
-def _places(model: nn.Module, own: bool = False) -> dict[str, list[Tensor]]:
+def _places(model: nn.Module, tables: bool = False, own: bool = False) -> dict[str, list[Tensor]]:
     """What an adapter file holds: its keys, each with the parameters that make it up, stacked. With
     own=True a layer's own A and B, which can be written to, in place of its factors."""
     places = {f"{PREFIX}{name}.lora_{letter}.weight": [M]
               for name, layer in adapters(model) for letter, M in zip("AB", (layer.A, layer.B) if own else layer.factors())}
     for name, table in _tables(model):
         new_rows = [] if table.rows is None else [table.rows]
-        if table.weight.requires_grad:
+        if tables or table.weight.requires_grad:
             places[f"{PREFIX}{name}.weight"] = [table.weight, *new_rows]
         elif new_rows:
             places[f"{PREFIX}{name}.token_adapter.trainable_tokens_delta"] = new_rows

@@ -46,11 +46,6 @@ def reopen(folder: Path, stage: int = 0) -> Reopened:
     ids = SemanticIDs.load(root / "semantic_ids.json", cfg.codes)
     tokenizer = prepare.load_tokenizer(cfg)
     model = base_model(root, cfg, ids)
-    if cfg.first_trains == "tables":
-        if stage > 1 and cfg.later_trains != "tables":
-            raise UsageError(f"{place} is no whole model\nembedding and head were trained at D1 (--first-trains tables) and are "
-                             "not in the later adapters\nchoose --stage 1, or run with --later-trains tables")
-        model.untie()
     load_peft(model, place)
     return Reopened(cfg, data, ids, prepare.make_template(cfg, ids, tokenizer), tokenizer, model.eval(), stage)
 

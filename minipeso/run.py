@@ -49,10 +49,9 @@ class Run(NamedTuple):
     def keeper(self, phase: str, journal: Journal) -> Keeper:
         return Keeper(self.checkpoints, phase, report.digest(self.cfg), journal)
 
-    @property
-    def tables(self) -> bool:
-        """Whether training moves the whole token tables."""
-        return "tables" in (self.cfg.first_trains, self.cfg.later_trains)
+    def tables(self, t: int) -> bool:
+        """Whether training has moved the whole token tables by the end of D_t."""
+        return "tables" in (self.cfg.first_trains, *[self.cfg.later_trains] * (t > 1))
 
 
 class First(NamedTuple):
@@ -165,15 +164,15 @@ def learn_base(run: Run) -> None:
 
 def learn_first(run: Run) -> First:
     """D_1 by a new adapter, once for all methods."""
-    base, journal = snapshot(run.model, run.tables), run.journal("LoRA")
+    base, journal = snapshot(run.model, run.tables(2)), run.journal("LoRA")
     keeper = run.keeper("first", journal)
     done = keeper.finished()
     if done:
         first = First(base, unpacked(*done, LoRALinear), go_on(run, *done, LoRALinear)["1"])
     else:
         continual.learn_first(run.model, run.data.stages[:1], run.template, run.cfg, journal, keeper)
-        save_peft(run.model, run.out / "adapters" / "stage-1", run.cfg.base)
-        first = First(base, snapshot(run.model, run.tables), rank_users(run, 1))
+        save_peft(run.model, run.out / "adapters" / "stage-1", run.cfg.base, run.tables(1))
+        first = First(base, snapshot(run.model, run.tables(2)), rank_users(run, 1))
         finish(keeper, first.model, {"1": first.ranks})
     run.clock("D1", journal.earlier)
     return first
@@ -201,9 +200,9 @@ def learn_later(run: Run, name: str, first: First, folder: Path | None = None,
             continual.learn_stage(run.model, method, stages[:t], run.template, cfg, first.base, journal, keeper)
         run.clock(name)
         if folder:
-            save_peft(run.model, folder / "adapters" / f"stage-{t}", cfg.base)
+            save_peft(run.model, folder / "adapters" / f"stage-{t}", cfg.base, run.tables(t))
         ranks[str(t)] = rank_users(run, t, shown, inactive(stages[:t]) if everyone else [])
-        finish(keeper, snapshot(run.model, run.tables), ranks)
+        finish(keeper, snapshot(run.model, run.tables(2)), ranks)
         for old in numbered(run.checkpoints, f"{name}-stage-")[:-KEPT]:
             disk.remove(old)
         run.clock(f"{name}: test")

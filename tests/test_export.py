@@ -29,6 +29,8 @@ RUNS = {
     "tiny": dict(compare="single,pretrain,sumlora-latest"),
     "llama": dict(prompt="paper"),
     "release": dict(recipe="release"),
+    "tables first": dict(first_trains="tables", later_trains="adapter", compare="single,pretrain"),
+    "tables later": dict(first_trains="rows", later_trains="tables", compare="single,pretrain"),
     "shared": {},  # every two items share an ID
 }
 
@@ -41,7 +43,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     base = llama_checkpoint(made / "Llama-3.2-toy", [*QUESTIONS.values(), *(p.read_text() for p in world.glob("meta*"))],
                             torch.float32)
     for name, changes in RUNS.items():
-        more = dict(base=str(base), layers=0, text_width=0) if name in ("llama", "release") else {}
+        more = dict(base=str(base), layers=0, text_width=0) if name in ("llama", "release", "tables first", "tables later") else {}
         more |= dict(dataset=str(shared_ids(made / "blocks"))) if name == "shared" else {}
         run(micro(made / name, **{"codes": 8, **changes, **more}))
     return {name: made / name for name in RUNS}
@@ -74,7 +76,8 @@ def some_ids(model, n: int = 3, l: int = 12) -> torch.Tensor:
 # -- opened again -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, methods", [("tiny", ("", "single", "pretrain", "sumlora-latest")), ("llama", ("", "single")),
-                                           ("release", ("",)), ("shared", ("",))])
+                                           ("release", ("",)), ("shared", ("",)),
+                                           ("tables first", ("", "single", "pretrain")), ("tables later", ("", "pretrain"))])
 def test_every_stage_of_every_method_ranks_as_it_did(runs, name, methods):
     """The folder alone is the whole model: each stage's ranks are those that the run wrote."""
     for method in methods:
@@ -222,7 +225,8 @@ def test_a_llama_is_known_in_a_folder_of_any_name(tmp_path, name, factor, versio
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Model has `tie_word_embeddings")  # from inside peft
 @pytest.mark.parametrize("name, method, stage", [("tiny", "", 3), ("tiny", "sumlora-latest", 3), ("llama", "", 1),
-                                                 ("llama", "single", 3), ("release", "", 3)])
+                                                 ("llama", "single", 3), ("release", "", 3),
+                                                 ("tables first", "", 3), ("tables later", "", 1), ("tables later", "", 3)])
 def test_peft_loads_the_exported_adapter(runs, name, method, stage, tmp_path):
     """The stage's own files byte for byte; by the README's code, peft's logits are the adapted model's within 1e-5."""
     folder = runs[name] / method
