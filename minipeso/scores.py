@@ -69,7 +69,9 @@ def averaged(filled: Filled) -> dict[str, list[str]]:
     ranks = next((r.ranks for results in filled.values() for r in results if not r.diverged), None)
     if ranks is None:
         raise FloatingPointError("no cell of the table is left\nevery one of them diverged\nlower --lr")
-    return {span: [t for t in stages if len(ranks[t])] for span, stages in spans(list(ranks)).items()}
+    if not any(len(ranks[t]) for t in ranks if t != "1"):
+        raise UsageError("no stage after D1 has test users\nthere is nothing to average\ngive more --users")
+    return {span: some for span, stages in spans(list(ranks)).items() if (some := [t for t in stages if len(ranks[t])])}
 
 
 def notes(filled: Filled) -> list[str]:

@@ -113,7 +113,8 @@ def user_disjoint(stages: Sequence[Stage], seed: int) -> list[Stage]:
     for stage in stages:
         for user, items in stage.current.items():
             sequences.setdefault(user, []).extend(items)
-    users = np.random.default_rng(seed).permutation(sorted(sequences))
+    # a stream of its own: with `subset`'s, whoever is drawn there would be those who come first here, all in D_1
+    users = np.random.default_rng([seed, 1]).permutation(sorted(sequences))
     lengths = np.array([len(sequences[u]) for u in users.tolist()])
     full = np.cumsum([stage.interactions for stage in stages])
     place = np.searchsorted(full, np.cumsum(lengths) - lengths, side="right")

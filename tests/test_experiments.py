@@ -255,6 +255,9 @@ def test_an_empty_stage_is_left_out_and_said():
     cell, other = Cell("peso"), Cell("single")
     filled = {other: [result([1], [1, 0], [], [0, 1])], cell: [result([1], [1, 1], [], [1, 1])]}
     assert scores.averaged(filled) == {"D2-D3": ["2"], "D2-D4": ["2", "4"]}
+    assert scores.averaged({cell: [result([1], [], [], [1])]}) == {"D2-D4": ["4"]}
+    with pytest.raises(UsageError, match="no stage after D1 has test users"):
+        scores.averaged({cell: [result([1], [], [], [])]})
     text, values = scores.method_table(filled, {"single": other, "peso": cell}, other, paper.TABLE_2)
     assert "D3 has no test users: it is in no average." in text
     assert values["D2-D4"]["peso"]["H@10"]["mean"] == 1.0 and values["D2-D4"]["single"]["H@10"]["mean"] == 0.5

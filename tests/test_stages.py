@@ -273,6 +273,17 @@ def test_user_disjoint_fills_exactly_where_sequences_fit():
         assert [s.interactions for s in user_disjoint(natural, seed)] == [12, 4, 0, 4]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_subset_of_the_disjoint_split_is_of_all_its_stages(seed):
+    """Who is drawn has nothing to do with whom the split puts into D_1, although both have one seed: every stage shrinks
+    in proportion."""
+    natural = cut(interactions(random_events(8000, 800, 1)), min_events=2)
+    mixed = user_disjoint(natural, seed)
+    whole, part = (np.array([len(stage.users) for stage in stages]) for stages in (mixed, subset(mixed, 200, seed)))
+    expected = whole * 200 / whole.sum()
+    assert part.sum() == 200 and (np.abs(part - expected) < 4 * np.sqrt(expected)).all(), (part, expected)
+
+
 def test_user_disjoint_depends_on_the_seed_and_draws_across_stages():
     """Another seed places users elsewhere; a stage mixes users of every natural stage."""
     natural = cut(interactions(random_events(4000, 400, 1)), min_events=2)
