@@ -86,9 +86,8 @@ def load(args: Namespace) -> None:
         print(f"training state of the adapter, rank {race_load.RANK}: {count:,} numbers, {size / 1e6:,.1f} MB on the disk")
 
 
-TASKS = {"train": contest, "generate": contest, "trie": trie, "load": load,
+TASKS = {"train": contest, "generate": contest, "trie": trie, "load": load, "towers": lambda args: race_towers.run(args.rounds),
          "data": lambda args: race_data.run(args.rows, args.rounds), "rqvae": lambda args: race_rqvae.run(args.rounds),
-         "towers": lambda args: race_towers.run(args.rounds),
          "growth": lambda args: print(race.machine(torch), *race_growth.table(args.rounds), sep="\n")}
 
 

@@ -151,16 +151,15 @@ def save_peft(model: nn.Module, folder: str | Path, base: str = "", tables: bool
     adapter's sum of products is one product of stacked factors, so its `factors` are all there is to write.
 
     Rows of new tokens go with it as peft's trainable tokens: the rows themselves, not differences.
-    A table that is trained whole (recipe `release`) goes as one of peft's modules_to_save; with `tables` all
-    of them, because an earlier stage trained them.
+    A table that is trained whole (recipe `release`) goes as one of peft's modules_to_save; `tables`: all do.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = [layer for _, layer in adapters(model)]
     rank = len(layers[0].factors()[0])
-    those = [(name.rpartition(".")[2], table) for name, table in _tables(model)]
-    whole = sorted(name for name, t in those if tables or t.weight.requires_grad)
-    tokens = {name: list(range(len(t.weight), len(t.weight) + len(t.rows))) for name, t in those
+    named = [(name.rpartition(".")[2], table) for name, table in _tables(model)]
+    whole = sorted(name for name, t in named if tables or t.weight.requires_grad)
+    tokens = {name: list(range(len(t.weight), len(t.weight) + len(t.rows))) for name, t in named
               if t.rows is not None and name not in whole}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,

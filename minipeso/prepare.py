@@ -146,8 +146,7 @@ def from_scratch(cfg: Config) -> bool:
 
 
 def open_gate(cfg: Config) -> None:
-    """What would stop the run after hours with the data is known now: a compiler that is not there; a base behind a
-    closed gate, whose small files are fetched."""
+    """Finds now what would stop the run after hours with the data: no compiler, a closed gate (fetches small files)."""
     if cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         raise OSError("--compile needs a C++ compiler\nfound neither g++ nor clang++, nor what CXX may name\n"
                       "install one, or leave --compile away")

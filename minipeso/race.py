@@ -1,7 +1,4 @@
-"""How benchmarks measure: contenders take turns, in this process or each in one of its own, and ratios are of pairs.
-
-On a busy machine trust the ratios, not the ms.
-"""
+"""How benchmarks measure: contenders take turns, in this process or each in one of its own, and ratios are of pairs."""
 from __future__ import annotations
 
 import json

@@ -126,8 +126,8 @@ def like_length(template: Template, users: int, steps: int) -> list[list[Example
     drawn = draw_pairs(len(template.items), users * POOL, 0)
     alike = rows(drawn, template)  # a row a user: no window slides
     pairs_of = {id(row): list(some) for row, (_, some) in zip(alike, groupby(drawn, attrgetter("user")), strict=True)}
-    made = batches(alike, round(PAIRS * users), torch.Generator().manual_seed(0))
-    return [[pair for row in some for pair in pairs_of[id(row)]] for some in made[:steps]]
+    return [[pair for row in some for pair in pairs_of[id(row)]]
+            for some in batches(alike, round(PAIRS * users), torch.Generator().manual_seed(0))[:steps]]
 
 
 def lone_pairs(n_items: int, users: int, seed: int) -> list[Example]:

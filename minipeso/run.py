@@ -50,7 +50,7 @@ class Run(NamedTuple):
         return Keeper(self.checkpoints, phase, report.digest(self.cfg), journal)
 
     def tables(self, t: int) -> bool:
-        """Whether training has moved the whole token tables by the end of D_t."""
+        """Whether training has moved the whole token tables by the end of D_t; by D_2: ever."""
         return "tables" in (self.cfg.first_trains, *[self.cfg.later_trains] * (t > 1))
 
 

@@ -248,10 +248,12 @@ def draw(path: Path, name: str, values: dict) -> None:
         axes.errorbar(list(shown)[skipped:], means[skipped:], [side[skipped:] for side in errors], marker="o", capsize=4)
         axes.axhline(means[0], color="grey", linestyle="--", label="no adaptation" if skipped else "λ = 0")
     spread = shown[next(iter(shown))]["sd"]
-    axes.axhspan(means[0] - spread, means[0] + spread, color="grey", alpha=0.15, lw=0, label="± sd over seeds")
+    if spread:  # none of one seed
+        axes.axhspan(means[0] - spread, means[0] + spread, color="grey", alpha=0.15, lw=0, label="± sd over seeds")
     low, high = axes.get_ylim()  # what is small beside the level should look small, and the legend find room
     axes.set_ylim(min(low, 0.9 * means[0]), max(high, 1.1 * means[0]) * (1.15 if name == "figure2" else 1))
-    axes.legend(frameon=False, loc="upper right" if name == "figure3" else "upper left")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, loc="upper right" if name == "figure3" else "upper left")
     axes.set_xlabel({"figure2": "", "figure3": "λ", "figure4": "learning rate of D2.., as a share of D1's"}[name])
     axes.set_ylabel("mean of four metrics, D2-D5")
     axes.set_title(f"whiskers: 95 % interval of the difference to {first}", fontsize=9)

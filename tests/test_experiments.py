@@ -331,6 +331,16 @@ def test_every_experiment_runs_and_leaves_its_table(name, shared, monkeypatch, c
     assert not picture or (shared / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["figure2", "figure3", "figure4"])
+def test_one_seed_has_a_picture_too(name, tmp_path):
+    """Without a spread over seeds there is no band, and nothing else is missing."""
+    pytest.importorskip("matplotlib")
+    row = {"mean": 0.2, "sd": None, "difference": 0.0, "low": -0.01, "high": 0.01}
+    scores.draw(tmp_path / "F.png", name, {"0": {"mean of four": row}, "1": {"mean of four": row}})
+    assert (tmp_path / "F.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_figure_2_takes_lambda_from_validation(tmp_path, monkeypatch):
     """Of the grid, the lambda with the lowest validation loss of seed 0 - whatever it does to the test users."""
     tried = {}
