@@ -18,6 +18,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
                                     OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError)
+from tqdm import tqdm
 
 REVIEWS = "McAuley-Lab/Amazon-Reviews-2023"
 PINNED = {  # repository -> revision: what is downloaded today is downloaded tomorrow
@@ -50,6 +51,9 @@ def fetch(repo: str, names: Sequence[str], kind: str = "model") -> list[Path]:
         for name in missing:
             _try(name, where, lambda name=name: huggingface_hub.hf_hub_download(filename=name, **where))
     paths = [_cached(name, where) for name in names]
+    if None in paths:  # no revision is pinned, and what "main" means has changed in between
+        raise HubError(f"{repo} changed on the Hub while it was downloaded\n{names[paths.index(None)]} is of another revision "
+                       "than the rest\nrun the same command again")
     for path, name in zip(paths, names, strict=True):
         verify(path, repo, name)
     return paths
@@ -140,8 +144,8 @@ def _try(name: str, where: dict, request: Callable):
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the network's
             raise HubError(f"{repo}: {name} cannot be stored\n{_plain(error)}\n"
                            f"{constants.HF_HUB_CACHE} must be writable and have room, or set HF_HOME to a folder that is") from error
-        raise HubError(f"the Hub cannot be reached for {repo}: {name}\n{_plain(error)}\nconnect and run the same command "
-                       "again, or pass a folder that holds the files") from error
+        raise HubError(f"the connection to the Hub failed at {repo}: {name}\n{_plain(error)}\nrun the same command again (what "
+                       "is there stays), or pass a folder that holds the files") from error
 
 
 def _gated(repo: str, error: GatedRepoError) -> str:
@@ -175,29 +179,45 @@ def _require_space(repo: str, size: int) -> None:
 
 
 def verify(path: Path, repo: str, name: str) -> None:
-    """Holds a large file's SHA-256, which is its name in the cache, against its content: once, then by size and time.
+    """Holds a file's hash, which is its name in the cache, against its content: once, then by size and time.
 
+    A large file is called by its SHA-256, a small one as git calls it, by the SHA-1 of "blob SIZE\\0" and content.
     The result is remembered beside the cache's blobs. HubError if they differ; the file is left for a look.
     """
     if not path.is_symlink():
         return  # a cache without links does not tell the hash
     blob = path.parent / os.readlink(path)  # one link only: a blob may itself be one, into a store with other names
-    if not re.fullmatch("[0-9a-f]{64}", blob.name):
-        return  # a small file, known by another hash; its reader looks at every field
-    record = blob.parent.parent / "minipeso-verified.json"
-    known = json.loads(record.read_text()) if record.is_file() else {}
-    stat = blob.stat()
+    if not re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
+        return  # a mirror's own way to name files
+    record, stat = blob.parent.parent / "minipeso-verified.json", blob.stat()
+    known = _remembered(record)
     if known.get(blob.name) == [stat.st_size, stat.st_mtime_ns]:
         return
-    digest = hashlib.sha256()
-    with open(blob, "rb") as file:
-        for block in iter(lambda: file.read(1 << 22), b""):
-            digest.update(block)
-    found = digest.hexdigest()
+    found = _digest(blob, name)
     if found != blob.name:
-        raise HubError(f"{repo}: {name} is damaged\nSHA-256 {found[:16]} of {stat.st_size:,} bytes, the Hub has "
+        raise HubError(f"{repo}: {name} is damaged\n{stat.st_size:,} bytes with the hash {found[:16]}, the Hub has "
                        f"{blob.name[:16]}\ndelete {blob.resolve()} and run again")
     if os.access(record.parent, os.W_OK):  # a shared, read-only cache is looked at every time
         part = record.with_name(f"{record.name}.{os.getpid()}")
         part.write_text(json.dumps(known | {blob.name: [stat.st_size, stat.st_mtime_ns]}))
         os.replace(part, record)
+
+
+def _remembered(record: Path) -> dict:
+    """What was verified before; nothing if that cannot be read: it is only a matter of seconds."""
+    try:
+        known = json.loads(record.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _digest(blob: Path, name: str) -> str:
+    size = blob.stat().st_size
+    digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % size)
+    with open(blob, "rb") as file, tqdm(total=size, desc=f"verifying {name}", unit="B", unit_scale=True, leave=False,
+                                        delay=1) as bar:
+        for block in iter(lambda: file.read(1 << 22), b""):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()

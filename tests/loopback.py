@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -11,11 +12,12 @@ COMMIT = "c" * 40
 
 class Hub:
     """Serves root/<repo>/<file> and root/datasets/<repo>/<file>. `fault`: {file name: what to do instead}:
-    an HTTP status, "gated" or "forbidden" (the gate, without and with a token), "cut" (the body breaks off),
-    "damaged" (a flipped byte under the true hash)."""
+    an HTTP status, "gated" or "forbidden" (the gate, without and with a token), "mute" (no answer), "revision" (no such
+    one); and in the body, after a good answer to HEAD: "late" (500), "cut" (breaks off), "cut once", "damaged" (a
+    flipped byte under the true hash)."""
 
     def __init__(self, root: Path):
-        self.root, self.fault, self.token = root, {}, None
+        self.root, self.fault, self.token, self.main = root, {}, None, COMMIT
         self.requests: list[str] = []
         self.headers: list[dict] = []
         hub = self
@@ -46,7 +48,10 @@ class Hub:
         cdn = path.startswith("cdn/")
         repo, _, rest = path.removeprefix("cdn/").partition("/resolve/")
         revision, _, name = rest.partition("/")
-        self.commit = revision if len(revision) == 40 else COMMIT
+        if path == "move":  # what "main" means changes
+            self.main = "d" * 40
+            return self.refuse(request, 200)
+        self.commit = revision if len(revision) == 40 else self.main
         file, fault = self.root / repo / name, self.fault.get(name.rpartition("/")[2])
         if not (self.root / repo).is_dir():
             return self.refuse(request, 404, "RepoNotFound")
@@ -54,8 +59,10 @@ class Hub:
             return self.refuse(request, 403 if fault == "forbidden" else 401, "GatedRepo")
         if fault == "revision":
             return self.refuse(request, 404, "RevisionNotFound")
-        if isinstance(fault, int):
-            return self.refuse(request, fault)
+        if isinstance(fault, int) or fault == "late" and body:
+            return self.refuse(request, 500 if fault == "late" else fault)
+        if fault == "mute":
+            return time.sleep(60)
         if not file.is_file():
             return self.refuse(request, 404, "EntryNotFound")
         self.send(request, file, body, cdn, fault)
@@ -72,7 +79,7 @@ class Hub:
         """Large files by redirect to the "CDN", as the Hub does with LFS; ranges for resumed downloads."""
         data = file.read_bytes()
         large = file.suffix in (".safetensors", ".csv", ".jsonl")
-        etag = hashlib.sha256(data).hexdigest() if large else hashlib.sha1(data).hexdigest()
+        etag = hashlib.sha256(data).hexdigest() if large else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         if large and not cdn:
             request.send_response(302)
             for key, value in (("Location", f"{self.url}/cdn{request.path}"), ("X-Linked-Size", str(len(data))),
@@ -91,6 +98,8 @@ class Hub:
             request.send_header(key, value)
         request.end_headers()
         if body:
-            request.wfile.write(data[start:start + len(data) // 2] if fault == "cut" else data[start:])
-        if body and fault == "cut":
-            request.close_connection = True
+            breaks = fault in ("cut", "cut once")
+            request.wfile.write(data[start:start + len(data) // 2] if breaks else data[start:])
+            request.close_connection = breaks
+            if fault == "cut once":
+                del self.fault[file.name]
