@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from minipeso import parallel, report
-from minipeso.config import UsageError, guard
+from minipeso.config import UsageError
+from minipeso.guard import guard
 from minipeso.export import export_merged, export_peft
 from minipeso.journal import counter
 from minipeso.recommend import histories, recommend, recommend_all

@@ -19,6 +19,7 @@ from minipeso import config, continual, disk, parallel, prepare, report, signals
 from minipeso.config import Config
 from minipeso.evaluate import reference_hits
 from minipeso.explain import dry_run, explain
+from minipeso.guard import guard
 from minipeso.run import learn_first, learn_later, set_up, two_towers
 
 
@@ -64,4 +65,4 @@ def learn(cfg: Config, towers_alone: bool) -> None:
 
 
 if __name__ == "__main__":
-    config.guard(lambda: main(config.from_args(description=__doc__)))
+    guard(lambda: main(config.from_args(description=__doc__)))

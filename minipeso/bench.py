@@ -27,7 +27,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from minipeso import race, race_data, race_growth, race_load, race_rqvae, race_towers, race_trie
-from minipeso.config import UsageError, guard
+from minipeso.config import UsageError
+from minipeso.guard import guard
 from minipeso.race_llama import (LEVELS, SHAPES, Case, generate_contest, libraries, make_case, shape_of,
                                  train_contest)
 

@@ -10,21 +10,26 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import io
-import sys
+import re
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-
-from minipeso.disk import CheckpointError
+from pathlib import Path
 
 CHOICES = {
     "recipe": ("paper", "release"), "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"),
     "split": ("natural", "user-disjoint"), "prompt": ("short", "paper", "release"), "groups": ("module", "matrix"),
     "reduction": ("sum", "mean"), "first_trains": ("rows", "tables", "adapter"),
     "later_trains": ("rows", "tables", "adapter"), "hit": ("item", "id"), "prox_scale": ("none", "size"),
+}
+LARGEST = 2**31 - 1
+BOUNDS = {  # of a number; all others lie from 0 to LARGEST, or 1e30 if they need not be whole
+    **dict.fromkeys(("window", "levels", "latent", "rank", "epochs", "batch", "base_batch", "beams", "eval_batch", "tower_width",
+                     "tower_negatives", "tower_batch", "tower_epochs", "tower_patience", "tower_neighbours", "tower_clusters",
+                     "world_users", "world_items"), (1, LARGEST)),
+    **dict.fromkeys(("alpha", "init", "clip", "temperature", "tower_tau", "tower_init"), (1e-6, 1e6)),
+    **dict.fromkeys(("warmup", "tower_share", "evo_layers", "evo_forget", "world_alpha"), (0, 1)),
+    "stages": (2, LARGEST), "min_events": (3, LARGEST), "codes": (2, LARGEST), "base_share": (1e-6, 1), "first": (1e-6, 0.999999),
+    "dropout": (0, 0.99), "threads": (0, 4096),
 }
 
 
@@ -159,14 +164,26 @@ DATASETS = {  # name -> what Section 5.1 and App. C.1 say of it
     "movies": _AMAZON | dict(lam=5.0),
     "books": _AMAZON | dict(lam=5.0, years="2022-2023"),
 }
-CATEGORIES = {"instruments": "Musical_Instruments", "movies": "Movies_and_TV", "books": "Books"}
+CATEGORIES = {"instruments": "Musical_Instruments", "movies": "Movies_and_TV", "books": "Books"}  # on the Hub
 ACTIONS = ("dry_run", "explain", "debug")  # change what is printed, not what is computed
 MAY_CHANGE = ("out", "device", "threads", "eval_batch", "resume", *ACTIONS)  # between a run's start and its resumption
 
 
+def category_of(dataset: str) -> str | None:
+    """The Hub's category of a data set's name: the paper's three, or any other by its own name (Digital_Music)."""
+    name = CATEGORIES.get(dataset, dataset)
+    return name if re.fullmatch(r"[A-Z][a-z]+(_[A-Za-z]+)*", name) and not Path(dataset).exists() else None
+
+
+def preset(dataset: str) -> dict:
+    """What the data set's name says: a category that the paper has not is treated as those that it has."""
+    names = {category: name for name, category in CATEGORIES.items()}
+    return dict(DATASETS.get(names.get(dataset, dataset), _AMAZON) if category_of(dataset) else DATASETS.get(dataset, {}))
+
+
 def resolve(flags: dict) -> Config:
     """The Config of these explicit settings, the presets of recipe, base and dataset filled in."""
-    settings = dict(DATASETS.get(flags.get("dataset", Config.dataset), {}))
+    settings = preset(flags.get("dataset", Config.dataset))
     base = flags.get("base", settings.get("base", Config.base))
     recipe = flags.get("recipe", Config.recipe)
     if recipe not in RECIPES:
@@ -236,16 +253,12 @@ def _check(cfg: Config) -> None:
     for name, allowed in CHOICES.items():
         if getattr(cfg, name) not in allowed:
             raise UsageError(unknown(name, getattr(cfg, name), allowed))
-    least = dict(lam=0, users=0, threads=0, stages=2, min_events=3, window=1, levels=1, codes=2, rank=1,
-                 epochs=1, batch=1,
-                 beams=1, eval_batch=1, temperature=1e-6, base_share=1e-6, dropout=0, warmup=0, clip=1e-9,
-                 tower_width=1, tower_layers=0, tower_negatives=1, tower_batch=1, tower_epochs=1, tower_patience=1,
-                 tower_tau=1e-6, tower_neighbours=1, tower_clusters=1, tower_share=0,
-                 evo_layers=0, evo_forget=0, evo_newest=0, evo_consistency=0, filter_epochs=0)
-    for name, low in least.items():
-        value = getattr(cfg, name)
-        if not low <= value < float("inf"):  # a nan fails too
-            raise UsageError(f"{flag(name)} is out of range\nfound {value}\ngive a number >= {low:g}")
+    for field in dataclasses.fields(cfg):
+        if field.type not in ("int", "float"):
+            continue
+        value, (low, high) = getattr(cfg, field.name), BOUNDS.get(field.name, (0, LARGEST if field.type == "int" else 1e30))
+        if not low <= value <= high:  # a nan fails too
+            raise UsageError(f"{flag(field.name)} is out of range\nfound {value}\ngive a number from {low:g} to {high:g}")
 
 
 def unknown(name: str, value, allowed) -> str:
@@ -266,34 +279,3 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UsageError(f"cannot read the command line\n{message}\npython {self.prog} --help lists the flags")
-
-
-def _three_lines(error: Exception) -> str:
-    """Ours come in three lines; what the system or torch raises does not."""
-    if isinstance(error, torch.OutOfMemoryError):
-        first = str(error).splitlines()[0]
-        return f"not enough memory on the GPU\n{first}\nlower --batch or --eval-batch; --resume goes on with the latter"
-    if isinstance(error, OSError) and error.errno:
-        return f"the system refused to open, read or write\n{error}\ncheck the path, its permissions and the space"
-    return str(error)
-
-
-EXIT_CODES = ((FloatingPointError, 4), (FileNotFoundError, 2), (ValueError, 2), (CheckpointError, 3),
-              (torch.OutOfMemoryError, 5), (OSError, 5))
-
-
-def guard(main: Callable[[], None]) -> None:
-    """main(); what goes wrong becomes three lines and an exit code: 2 usage or data, 3 checkpoints,
-    4 numbers, 5 environment, 130 Ctrl-C. With --debug on the command line, a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without a title's letters, or the table's ±
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except tuple(kind for kind, _ in EXIT_CODES) as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"\nerror: {_three_lines(error)}", file=sys.stderr)
-        sys.exit(next(code for kind, code in EXIT_CODES if isinstance(error, kind)))

@@ -16,10 +16,11 @@ from minipeso import parallel
 from minipeso.checkpoint import Snapshot, restore
 from minipeso.config import Config, UsageError, unknown
 from minipeso.cumulative import InfLoRALinear, SDLoRALinear, SumLoRALinear, design_inflora, variants
-from minipeso.keeper import Keeper, Progress
+from minipeso.keeper import Keeper
 from minipeso.llama import Llama
 from minipeso.lora import LoRALinear, adapter_parameters, adapters, rewrap
 from minipeso.objective import Loss, anchored, answer_loss, stage_loss
+from minipeso.progress import Progress
 from minipeso.proximal import PROXIMALS
 from minipeso.stages import Example, Stage, examples
 from minipeso.tokens import Batch, Row, Template, batches, collate, rows
@@ -238,7 +239,7 @@ def train_step(objective: nn.Module, batch: Batch, optimiser, plan: Plan, cfg: C
     optimiser.zero_grad()
     loss.total.backward()
     push = [p.grad - g for p, g in zip(v, pull)]
-    ratio = (norm(pull) / norm(push)).item() if pull else 0.0
+    ratio = norm(pull).item() / max(norm(push).item(), 1e-30) if pull else 0.0
     total = nn.utils.clip_grad_norm_((p for group in optimiser.param_groups for p in group["params"]), cfg.clip)
     if not math.isfinite(loss.total.item() + total.item()):
         raise FloatingPointError(f"the loss is no longer finite at stage {plan.stage}\nce {loss.ce.item()}, prox "

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeso.llama import Llama
-from minipeso.lora import LoRALinear, adapters, watching
+from minipeso.lora import LoRALinear, watching
 from minipeso.tokens import Batch
 
 VARIANTS = {  # name -> (only the latest past adapter, the new one inherits)

@@ -81,13 +81,13 @@ def left_singular(matrix: Tensor, rank: int, seed: int, extra: int = 16,
 
 def llama_vectors(hidden: Callable[[Tensor], Tensor], encode: Callable[[str], list[int]],
                   texts: Sequence[str | Sequence[str]], batch: int = 32, longest: int = 2048,
-                  device: str | torch.device = "cpu") -> np.ndarray:
+                  device: str | torch.device = "cpu", progress: Callable[[int], None] = lambda n: None) -> np.ndarray:
     """Mean last hidden state over a field's tokens, then over an item's fields. -> (n, d) float32
 
     `texts[i]`: the fields of item i, title and description; an empty field counts, as in the
     Release (its one token is <bos>). `encode` puts <bos> first; a field is cut after `longest`
     tokens. `hidden(ids (b, l)) -> (b, l, d)`. Fields go through it in order of length, so as
-    to pad little.
+    to pad little. `progress(fields done)` since the last call.
     """
     rows = [(row,) if isinstance(row, str) else row for row in texts]
     fields = [(encode(text)[:longest], item) for item, row in enumerate(rows) for text in row]
@@ -100,8 +100,11 @@ def llama_vectors(hidden: Callable[[Tensor], Tensor], encode: Callable[[str], li
                          "give every item a field, and let encode() put <bos> first")
     fields.sort(key=lambda field: (len(field[0]), field))
     tokens, owner = [ids for ids, _ in fields], torch.tensor([item for _, item in fields])  # (f,)
-    means = torch.cat([mean_states(hidden, tokens[start:start + batch], device)
-                       for start in range(0, len(fields), batch)])  # (f, d)
+    means = []
+    for start in range(0, len(fields), batch):
+        means.append(mean_states(hidden, tokens[start:start + batch], device))
+        progress(len(means[-1]))
+    means = torch.cat(means)  # (f, d)
     totals = torch.zeros(len(texts), means.shape[1]).index_add_(0, owner, means)  # (n, d)
     return (totals / torch.bincount(owner)[:, None]).numpy()
 

@@ -27,6 +27,7 @@ from minipeso import config, paper, parallel, prepare, report, scores
 from minipeso.cells import Cell, fill
 from minipeso.config import Config, UsageError, unknown
 from minipeso.cumulative import VARIANTS
+from minipeso.guard import guard
 from minipeso.scores import Filled
 from minipeso.stages import statistics, statistics_table
 
@@ -151,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.guard(main)
+    guard(main)

@@ -8,7 +8,7 @@ import torch
 
 from minipeso import prepare
 from minipeso.beam import beam_search
-from minipeso.config import Config
+from minipeso.config import Config, category_of
 from minipeso.download import REVIEWS, cached, reviews_files
 from minipeso.evaluate import Ranker
 from minipeso.hub import folder_at_hand, read_config
@@ -27,9 +27,9 @@ LLAMA_1B = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num
                     rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
                     original_max_position_embeddings=8192))
 TABLE_4 = {  # (users, interactions) of D1 .. D5
-    "instruments": ((17046, 141788), (1772, 13197), (1821, 13334), (2289, 18811), (2238, 17573)),
-    "movies": ((17928, 190411), (1866, 17665), (2106, 19874), (2284, 22929), (2332, 22225)),
-    "books": ((15406, 164858), (1807, 13918), (1672, 12395), (1948, 14824), (1652, 11990)),
+    "Musical_Instruments": ((17046, 141788), (1772, 13197), (1821, 13334), (2289, 18811), (2238, 17573)),
+    "Movies_and_TV": ((17928, 190411), (1866, 17665), (2106, 19874), (2284, 22929), (2332, 22225)),
+    "Books": ((15406, 164858), (1807, 13918), (1672, 12395), (1948, 14824), (1652, 11990)),
 }
 HUB_BYTES = {  # measured on the Hub's pinned revisions
     "Musical_Instruments.csv": 172_583_864, "meta_Musical_Instruments.jsonl": 631_877_970,
@@ -52,7 +52,7 @@ def dry_run(cfg: Config) -> None:
     if steps:
         print("steps of", cfg.batch, "pairs:", ", ".join(f"D{t} {n:,}" for t, n in enumerate(steps, start=1)),
               "for each of", ", ".join(cfg.methods), "(D1 once for all)")
-    width = 2 if cfg.device == "cuda" or cfg.dtype == "bfloat16" else 4
+    width = prepare.dtype_of(cfg).itemsize
     state = total * width + trained * 16 + lora * 4  # weights; value, gradient, two moments; anchor
     print(f"memory before activations: {state / 1e9:.2f} GB ({width}-byte weights, 16 bytes a trained parameter)")
     print(f"results would go to {cfg.out}/results.json")
@@ -60,7 +60,7 @@ def dry_run(cfg: Config) -> None:
 
 def _files(cfg: Config) -> str:
     lines = []
-    category = prepare.category_of(cfg.dataset)
+    category = category_of(cfg.dataset)
     if category:
         lines += [f"{REVIEWS}  {name}" for name in reviews_files(category)]
     elif cfg.dataset == "demo":
@@ -81,15 +81,16 @@ def _bytes(line: str) -> str:
 
 def _stage_sizes(cfg: Config) -> list[tuple[int, int]]:
     """(users, interactions) a stage: of the data if it is here, else of the paper's Table 4, else []."""
-    category = prepare.category_of(cfg.dataset)
-    if cfg.dataset in TABLE_4:
-        print("stages, by the paper's Table 4 (the data is not here):")
-        sizes = list(TABLE_4[cfg.dataset])
-    elif cfg.dataset == "demo":
+    category = category_of(cfg.dataset)
+    away = category and not all(cached(REVIEWS, name, "dataset") for name in reviews_files(category))
+    if cfg.dataset == "demo":
         first = (cfg.world_users, 8 * cfg.world_users)
         print("stages, about:")
         sizes = [first] + [(first[0] // 6, first[1] // 6)] * (cfg.stages - 1)
-    elif category and not all(cached(REVIEWS, name, "dataset") for name in reviews_files(category)):
+    elif away and category in TABLE_4:
+        print("stages, by the paper's Table 4 (the data is not here):")
+        sizes = list(TABLE_4[category])
+    elif away:
         print("stages: not known before the data is here")
         return []
     else:

@@ -1,85 +1,26 @@
 """Checkpoints while a phase trains: killed at any step, it goes on from the last one, bit for bit.
 
-    RUN/checkpoints/PHASE           the phase is finished: its result. PHASE: base, first, METHOD-stage-T
-    RUN/checkpoints/PHASE.step-N    it is not: the state after N steps; the newest two are kept
+    RUN/checkpoints/PHASE           the phase is finished: its result
+    RUN/checkpoints/PHASE.step-N    it is not: the state after N steps (progress.py), and what the log said so far; the
+                                    newest two are kept
 
-The order of the data and the rate are functions of the position, so the state is: parameters, AdamW's
-moments, the best epoch's parameters, dropout's random state, the position, and what the log said so far.
+PHASE: item-vectors (of a Llama, until the IDs are there), semantic-ids, base, first, METHOD-stage-T.
 """
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minipeso import checkpoint, disk, parallel, signals
 from minipeso.disk import CheckpointError
 from minipeso.journal import Journal
+from minipeso.progress import Progress
 
 SHARE = 0.02  # of the time, at most, goes into saving steps: the cost of a save decides when the next is due
 KEPT = 2  # unfinished states of a phase, results of a method's stages
-
-
-@dataclass
-class Progress:
-    """How far training has come, and all that decides how it goes on."""
-
-    parameters: dict[str, nn.Parameter]
-    optimiser: torch.optim.Optimizer
-    epoch: int = 0
-    done: int = 0  # steps of this epoch
-    step: int = 0  # of all epochs
-    lowest: float = math.inf  # validation loss
-    best: dict[str, Tensor] = field(default_factory=dict)  # the parameters that had it
-    random: dict[str, Tensor] = field(default_factory=dict)  # dropout's state, where an epoch is to be gone on with
-
-    def end_epoch(self, loss: float) -> None:
-        if loss < self.lowest:
-            self.lowest, self.best = loss, {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.epoch, self.done = self.epoch + 1, 0
-
-    def take_best(self) -> None:
-        for name, kept in self.best.items():
-            self.parameters[name].data.copy_(kept)
-
-    def packed(self) -> tuple[dict[str, Tensor], dict]:
-        tensors = {f"parameter/{name}": p for name, p in self.parameters.items()}
-        tensors |= {f"best/{name}": p for name, p in self.best.items()}
-        tensors |= {f"adam/{key}/{name}": t for name, p in self.parameters.items()
-                    for key, t in self.optimiser.state[p].items()}
-        tensors |= {f"random/{device}": t for device, t in random_state().items()}
-        return tensors, {"epoch": self.epoch, "done": self.done, "step": self.step,
-                         "lowest": self.lowest if self.best else None}
-
-    @torch.no_grad()
-    def unpack(self, tensors: dict[str, Tensor], facts: dict) -> None:
-        for name, p in self.parameters.items():
-            p.copy_(tensors[f"parameter/{name}"])
-            self.optimiser.state[p] = {key: tensors[f"adam/{key}/{name}"].to(p.device)
-                                       for key in ("step", "exp_avg", "exp_avg_sq")}
-        self.epoch, self.done, self.step = facts["epoch"], facts["done"], facts["step"]
-        if facts["lowest"] is not None:
-            self.lowest = facts["lowest"]
-            self.best = {name: tensors[f"best/{name}"].to(p.device) for name, p in self.parameters.items()}
-        self.random = {device: tensors[f"random/{device}"] for device in random_state()}
-
-
-def random_state() -> dict[str, Tensor]:
-    """torch's, of every device that dropout may draw from."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 class Keeper:
@@ -98,15 +39,11 @@ class Keeper:
         return at
 
     def steps(self, at: Progress, batches: Iterable) -> Iterator:
-        """What is left of an epoch's batches, each counted when its step is done. Dropout's random state is
-        restored as the last thing before the first."""
-        left = islice(batches, at.done, None)
-        if at.done:
-            set_random_state(at.random)
-        for batch in left:
+        """at.steps(batches), each finished, and saved if that is due, before a signal ends the process."""
+        for batch in at.left(batches):
             with signals.step():
                 yield batch
-                at.done, at.step = at.done + 1, at.step + 1
+                at.count()
                 self.save(at)
             signals.leave()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from minipeso import parallel
-from minipeso.config import BASES, CATEGORIES, Config, UsageError
+from minipeso.config import BASES, DATASETS, Config, UsageError, category_of, flag, unknown
 from minipeso.download import fetch_reviews
 from minipeso.embed import llama_vectors, title_vectors
 from minipeso.hub import checkpoint_folder, load_llama, read_config
@@ -56,12 +56,14 @@ def load_dataset(cfg: Config, folder: Path) -> Dataset:
     A subset of the users (cfg.users) keeps the whole catalogue, so that its figures are estimates
     of the full run's, not of an easier problem.
     """
+    category = category_of(cfg.dataset)
     source = folder if cfg.dataset == "demo" else Path(cfg.dataset)
     if cfg.dataset == "demo" and not parallel.rank():
         write_world(folder, cfg.world_users, cfg.world_items, cfg.world_alpha, cfg.data_seed)
-    category = category_of(cfg.dataset)
     if category:
         data = _from_reviews(cfg, *fetch_reviews(category))
+    elif not source.exists() and source.name == cfg.dataset:  # no path: rather a name
+        raise UsageError(unknown("dataset", cfg.dataset, [*DATASETS, "a category of the Hub (Digital_Music)", "a folder"]))
     elif dataset_schema(source) == "release":
         data = _from_release(source)
     else:
@@ -72,6 +74,12 @@ def load_dataset(cfg: Config, folder: Path) -> Dataset:
     if cfg.users:
         data.stages = subset(data.stages, cfg.users, cfg.data_seed)
     return data
+
+
+def fingerprints(data: Dataset) -> dict[str, str]:
+    """Hashes of what a run stands on: the stages, and what the semantic IDs are made from."""
+    items = data.ids_file.read_bytes() if data.ids_file else json.dumps(data.texts).encode()
+    return {"data": fingerprint(data.stages), "items": hashlib.sha256(items).hexdigest()}
 
 
 def fingerprint(stages: list[Stage]) -> str:
@@ -97,12 +105,6 @@ def _from_release(folder: Path) -> Dataset:
         raise UsageError(f"D1 has no users\n{folder}, block_0.json is empty\nfetch the file again")
     highest = max(i for s in stages for part in (s.history, s.current) for items in part.values() for i in items)
     return Dataset(stages, [], [str(i) for i in range(highest + 1)], None, ids_file, [], folder)
-
-
-def category_of(dataset: str) -> str | None:
-    """The Hub's category of a data set's name: the paper's three, or any other by its own name (Digital_Music)."""
-    name = CATEGORIES.get(dataset, dataset)
-    return name if re.fullmatch(r"[A-Z][a-z]+(_[A-Za-z]+)*", name) and not Path(dataset).exists() else None
 
 
 def _from_reviews(cfg: Config, ratings: Path, meta: Path) -> Dataset:
@@ -158,9 +160,10 @@ def llama_config(cfg: Config) -> LlamaConfig:
     """The shape of cfg.base; a base from scratch knows one word, <bos>, besides the codes."""
     if not from_scratch(cfg):
         return read_config(checkpoint_folder(cfg.base, weights=False))
-    if cfg.heads < 1 or cfg.kv_heads < 1 or cfg.hidden % cfg.heads or cfg.heads % cfg.kv_heads:
-        raise UsageError(f"the base's shape does not divide\nfound --hidden {cfg.hidden} --heads {cfg.heads} "
-                         f"--kv-heads {cfg.kv_heads}\nlet hidden be a multiple of heads, and heads one of kv-heads")
+    shape = {name: getattr(cfg, name) for name in ("hidden", "layers", "heads", "kv_heads", "intermediate")}
+    if min(shape.values()) < 1 or cfg.hidden % (2 * cfg.heads) or cfg.heads % cfg.kv_heads:
+        raise UsageError("the base cannot have this shape\nfound " + " ".join(f"{flag(k)} {v}" for k, v in shape.items())
+                         + "\nlet hidden be a multiple of 2 x heads, heads one of kv-heads, and none be 0")
     return LlamaConfig(vocab_size=1, hidden_size=cfg.hidden, intermediate_size=cfg.intermediate,
                        num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
                        num_key_value_heads=cfg.kv_heads, head_dim=cfg.hidden // cfg.heads, rms_norm_eps=1e-5,
@@ -171,13 +174,18 @@ def device_of(cfg: Config) -> str:
     return cfg.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
 
 
+def dtype_of(cfg: Config) -> torch.dtype:
+    """Of the frozen weights."""
+    return getattr(torch, cfg.dtype.replace("auto", "bfloat16" if device_of(cfg) == "cuda" else "float32"))
+
+
 def load_model(cfg: Config) -> Llama:
     """The base: a checkpoint, or random weights still to be trained on D_0."""
     device = device_of(cfg)
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"there is no GPU that torch {torch.__version__} can use\nfound --device cuda\n"
-                         "use --device cpu, or a torch built for your GPU")
-    dtype = getattr(torch, cfg.dtype.replace("auto", "bfloat16" if device == "cuda" else "float32"))
+        raise OSError(f"there is no GPU that torch {torch.__version__} can use\nfound --device cuda\n"
+                      "use --device cpu, or a torch built for your GPU")
+    dtype = dtype_of(cfg)
     if from_scratch(cfg):
         generator = torch.Generator().manual_seed(cfg.seed)
         return Llama(llama_config(cfg)).initialise(generator, cfg.init).to(device, dtype)
@@ -202,23 +210,32 @@ def load_tokenizer(cfg: Config) -> Tokenizer | None:
     return tokenizer
 
 
-def semantic_ids(cfg: Config, data: Dataset, model: Llama, tokenizer: Tokenizer | None,
-                 progress: Callable | None = None) -> SemanticIDs:
-    """The IDs that came with the data, or an RQ-VAE on vectors of the items' texts: mean hidden states
-    of the language model (Release), or title vectors where the base has no language."""
-    if data.ids_file:
-        ids = SemanticIDs.load(data.ids_file, cfg.codes)
-        if len(ids.codes) < len(data.keys):
-            raise UsageError(f"a semantic ID is missing\n{data.ids_file} has {len(ids.codes)} items, the stages name "
-                             f"item {len(data.keys) - 1}\nuse the ID file that belongs to these blocks")
-        return ids
-    if cfg.text_width or tokenizer is None:
-        vectors = torch.from_numpy(title_vectors(data.texts, cfg.text_width, cfg.seed))
-    else:
-        vectors = llama_vectors(model.model, lambda text: tokenizer.encode(text).ids,
-                                [[text] for text in data.texts], device=model.device)
-    return SemanticIDs.fit(vectors, cfg.levels, cfg.codes, cfg.latent, cfg.rqvae_hidden, cfg.rqvae_epochs,
-                           cfg.seed, lr=cfg.rqvae_lr, progress=progress)
+def given_ids(cfg: Config, data: Dataset) -> SemanticIDs:
+    """The IDs that came with the data."""
+    ids = SemanticIDs.load(data.ids_file, cfg.codes)
+    if len(ids.codes) < len(data.keys):
+        raise UsageError(f"a semantic ID is missing\n{data.ids_file} has {len(ids.codes)} items, the stages name "
+                         f"item {len(data.keys) - 1}\nuse the ID file that belongs to these blocks")
+    return ids
+
+
+def item_vectors(cfg: Config, data: Dataset, model: Llama, tokenizer: Tokenizer | None,
+                 progress: Callable[[int], None] = lambda n: None) -> Tensor:
+    """(n_items, d) of the items' texts: mean hidden states of the language model (Release), or title vectors
+    where the base has no language."""
+    if cfg.text_width:
+        return torch.from_numpy(title_vectors(data.texts, cfg.text_width, cfg.seed))
+    if tokenizer is None:
+        raise UsageError(f"--text-width 0 means Llama's hidden states\n--base {cfg.base} has no language\n"
+                         "give the title vectors a width, 128 say")
+    return torch.from_numpy(llama_vectors(model.model, lambda text: tokenizer.encode(text).ids,
+                                          [[text] for text in data.texts], device=model.device, progress=progress))
+
+
+def fit_ids(cfg: Config, vectors: Tensor, **how) -> SemanticIDs:
+    """An RQ-VAE on the items' vectors, where the model is."""
+    return SemanticIDs.fit(vectors.to(device_of(cfg)), cfg.levels, cfg.codes, cfg.latent, cfg.rqvae_hidden, cfg.rqvae_epochs,
+                           cfg.seed, lr=cfg.rqvae_lr, **how)
 
 
 def make_template(cfg: Config, ids: SemanticIDs, tokenizer: Tokenizer | None) -> Template:

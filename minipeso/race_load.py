@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -22,7 +21,8 @@ from minipeso import race
 from minipeso.continual import choose_trainable
 from minipeso.hub import load_llama
 from minipeso.journal import Journal
-from minipeso.keeper import Keeper, Progress
+from minipeso.keeper import Keeper
+from minipeso.progress import Progress
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.lora import inject
 

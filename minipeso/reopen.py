@@ -13,6 +13,7 @@ from minipeso import checkpoint, prepare
 from minipeso.config import Config, UsageError
 from minipeso.llama import Llama
 from minipeso.lora import load_peft
+from minipeso.report import HASHES
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.tokens import Template
 
@@ -36,13 +37,13 @@ def reopen(folder: Path, stage: int = 0) -> Reopened:
     """The run in `folder` after D_stage (0: the last). FileNotFoundError or UsageError if a part is missing
     or the data is no longer that of the run."""
     place, stage = adapter_folder(folder, stage)
-    root, cfg, hash_then = settings(folder)
+    root, cfg, then = settings(folder)
     world = root / "world"
     data = prepare.load_dataset(dataclasses.replace(cfg, dataset=str(world)) if cfg.dataset == "demo" else cfg, world)
-    hash_now = prepare.fingerprint(data.stages)
-    if hash_now != hash_then:
-        raise UsageError(f"the data of {cfg.dataset} is not that of the run any more\nits hash is {hash_now[:12]}, "
-                         f"{root / 'config.json'} has {hash_then[:12]}\nbring the data back, or run anew")
+    for name, now in prepare.fingerprints(data).items():
+        if now != then[name]:
+            raise UsageError(f"the data of {cfg.dataset} is not that of the run any more\n{HASHES[name]} the hash {now[:12]}, "
+                             f"in {root / 'config.json'} {then[name][:12]}\nbring the data back, or run anew")
     ids = SemanticIDs.load(root / "semantic_ids.json", cfg.codes)
     tokenizer = prepare.load_tokenizer(cfg)
     model = base_model(root, cfg, ids)
@@ -50,15 +51,15 @@ def reopen(folder: Path, stage: int = 0) -> Reopened:
     return Reopened(cfg, data, ids, prepare.make_template(cfg, ids, tokenizer), tokenizer, model.eval(), stage)
 
 
-def settings(folder: Path) -> tuple[Path, Config, str]:
-    """(the run's own folder, Config, the data's hash). `folder` may be that of a method it was compared with."""
+def settings(folder: Path) -> tuple[Path, Config, dict[str, str]]:
+    """(the run's own folder, Config, the data's hashes). `folder` may be that of a method it was compared with."""
     root = folder if (folder / "config.json").is_file() else folder.parent
     path = root / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run\nit has no config.json\npass a folder that train.py --out left")
     try:
         values = json.loads(path.read_text())
-        hash_then = values.pop("data")
+        then = {name: values.pop(name) for name in HASHES}
         values.pop("versions")
         strange = sorted(values.keys() - Config.__dataclass_fields__.keys())
         cfg = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name not in strange})
@@ -67,7 +68,7 @@ def settings(folder: Path) -> tuple[Path, Config, str]:
     if strange:
         raise UsageError(f"{path} has settings that this version does not know\n{', '.join(strange)}\n"
                          "use the minipeso that made the run")
-    return root, cfg if folder == root else dataclasses.replace(cfg, method=folder.name), hash_then
+    return root, cfg if folder == root else dataclasses.replace(cfg, method=folder.name), then
 
 
 def adapter_folder(folder: Path, stage: int = 0) -> tuple[Path, int]:

@@ -16,6 +16,7 @@ from minipeso import checkpoint, disk
 from minipeso.config import MAY_CHANGE, Config, UsageError, flag
 from minipeso.metrics import CUTOFFS, average, hits, paired_interval, summary
 
+HASHES = {"data": "the data has", "items": "the items' texts or IDs have"}
 METRICS = [f"{name}@{k}" for name in ("hit", "ndcg") for k in CUTOFFS]
 
 
@@ -56,8 +57,8 @@ def digest(cfg: Config) -> str:
     return hashlib.sha256(json.dumps(settings(cfg, MAY_CHANGE)).encode()).hexdigest()[:16]
 
 
-def begin(out: Path, cfg: Config, data: str) -> None:
-    """A new run in `out` on the data of this hash: config.json is written, and what an older run left
+def begin(out: Path, cfg: Config, data: dict[str, str]) -> None:
+    """A new run in `out` on the data of these hashes: config.json is written, and what an older run left
     there is void. With --resume the older run goes on, if it has the same settings and data."""
     out.mkdir(parents=True, exist_ok=True)
     if goes_on(out, cfg):
@@ -68,7 +69,7 @@ def begin(out: Path, cfg: Config, data: str) -> None:
         for old in (out / "results.json", *out.glob("*/results.json")):
             if old.parent == out or not (old.parent / "config.json").is_file():  # else: a run of its own, not a method's
                 old.unlink(missing_ok=True)
-        write_json(out / "config.json", settings(cfg) | {"data": data, "versions": versions()})
+        write_json(out / "config.json", settings(cfg) | data | {"versions": versions()})
     disk.write_file(out / "metrics.jsonl", "")  # what is gone on with says again what it had said
 
 
@@ -76,16 +77,15 @@ def goes_on(out: Path, cfg: Config) -> bool:
     return cfg.resume and (out / "config.json").is_file()
 
 
-def agree(out: Path, cfg: Config, data: str | None = None) -> None:
-    """The settings (and the data's hash) must be those that the run in `out` began with: UsageError
+def agree(out: Path, cfg: Config, data: dict[str, str] | None = None) -> None:
+    """The settings (and the data's hashes) must be those that the run in `out` began with: UsageError
     names what differs. A newer torch is let pass, and told."""
     file = out / "config.json"
     before, now = read_json(file, "start anew, without --resume"), settings(cfg, MAY_CHANGE)
-    began = {name: value for name, value in before.items() if name not in ("data", "versions", *MAY_CHANGE)}
+    began = {name: value for name, value in before.items() if name not in (*HASHES, "versions", *MAY_CHANGE)}
     differ = [f"{flag(name)} {began.get(name)} there, {now.get(name)} now" for name in sorted(began.keys() | now.keys())
               if began.get(name) != now.get(name)]
-    if data and data != before.get("data"):
-        differ.append("the data has another hash")
+    differ += [f"{HASHES[name]} another hash" for name in data or () if data[name] != before.get(name)]
     if differ:
         raise UsageError(f"{out} was begun with other settings\n{'; '.join(differ)}\n"
                          "use the same, start anew without --resume, or name another --out")

@@ -10,13 +10,14 @@ Letters: n items, L levels, K codes a level, d = d_latent.
 """
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minipeso.progress import Progress
 
 RELEASE_HIDDEN = (2048, 1024, 512, 256, 128, 64)
 
@@ -193,16 +194,17 @@ def kmeans_plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 def train(model: RQVAE, x: Tensor, epochs: int, generator: torch.Generator, lr: float = 1e-3,
           weight_decay: float = 1e-4, batch: int = 1024,
-          progress: Callable[[int, float], None] | None = None, **quantiser) -> None:
+          steps: Callable[[Progress, Sequence[int]], Iterator[int]] = Progress.steps, **quantiser) -> None:
     """AdamW; ends in the state with the fewest collisions, of about ten tried. x (n, d_in)
 
-    `quantiser`: beta, sinkhorn_eps, sinkhorn_iters of `RQVAE.loss`. `progress(epoch, mean loss)`.
-    FloatingPointError when the loss is no longer finite. Release: the same, for 20,000 epochs.
+    `quantiser`: beta, sinkhorn_eps, sinkhorn_iters of `RQVAE.loss`. `steps(at, epochs)`: those epochs that are
+    left, for who saves the progress or shows it. FloatingPointError when the loss is no longer finite.
+    Release: the same, for 20,000 epochs.
     """
     require_finite(x)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    best, fewest = None, len(x)
-    for epoch in range(1, epochs + 1):
+    at = Progress(dict(model.named_parameters()), optimiser, generator)
+    for epoch in steps(at, range(1, epochs + 1)):
         order, losses = torch.randperm(len(x), generator=generator), []
         for rows in order.tensor_split(-(-len(x) // batch)):  # equal parts: see Sinkhorn
             loss = torch.stack(model.loss(x[rows], **quantiser)).sum()
@@ -215,14 +217,9 @@ def train(model: RQVAE, x: Tensor, epochs: int, generator: torch.Generator, lr: 
             raise FloatingPointError("RQ-VAE training diverged\n"
                                      f"epoch {epoch}: loss {mean} at lr {lr}\n"
                                      "use a smaller learning rate")
-        if progress:
-            progress(epoch, mean)
         if epoch % max(1, epochs // 20) == 0 and epoch > epochs // 2:
-            repeats = collisions(model.quantise(x))
-            if repeats < fewest:
-                best, fewest = copy.deepcopy(model.state_dict()), repeats
-    if best:
-        model.load_state_dict(best)
+            at.keep_best(collisions(model.quantise(x)))
+    at.take_best()
 
 
 def collisions(codes: Tensor) -> int:

@@ -1,24 +1,25 @@
 """One run, piece by piece: what train.py tells as a story, and what the experiments repeat."""
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm import tqdm
 
-from minipeso import checkpoint, continual, disk, parallel, prepare, report
+from minipeso import continual, disk, parallel, prepare, report
 from minipeso.checkpoint import Snapshot, packed, restore, snapshot, unpacked
-from minipeso.config import Config, UsageError
+from minipeso.config import Config
 from minipeso.evaluate import Ranker
 from minipeso.evorec import EvoRec, inactive
 from minipeso.journal import Clock, Journal, counter
 from minipeso.keeper import KEPT, Keeper, numbered
 from minipeso.llama import Llama
 from minipeso.lora import LoRALinear, adapter_parameters, inject, save_peft
+from minipeso.progress import Progress
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.stages import Example, Stage, examples, statistics, statistics_table
 from minipeso.tokens import Template
@@ -69,7 +70,7 @@ def load(cfg: Config) -> tuple[prepare.Dataset, str]:
     if report.goes_on(out, cfg):
         report.agree(out, cfg)  # before anything is written
     data = prepare.load_dataset(cfg, out / "world")
-    report.begin(out, cfg, prepare.fingerprint(data.stages))
+    report.begin(out, cfg, prepare.fingerprints(data))
     stats = "\n".join([statistics_table(statistics(data.stages)), "", *data.notes])
     print(stats, end="\n\n")
     disk.write_file(out / "stats.md", stats + "\n")
@@ -98,13 +99,15 @@ def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
 
         # semantic IDs: text -> vector -> RQ-VAE -> L codes an item
         model, tokenizer = prepare.load_model(cfg), prepare.load_tokenizer(cfg)
-        epochs = (lambda n: None) if tick else counter("RQ-VAE", cfg.rqvae_epochs, "epoch")
-        ids = once(out, data, lambda: prepare.semantic_ids(cfg, data, model, tokenizer, lambda epoch, loss: epochs(1)))
+        if tokenizer and model.device.type == "cpu":
+            print(f"note: no GPU is used, and {cfg.base} is made for one; --base tiny is made for a CPU\n")
+        journal = Journal(out / "metrics.jsonl", "")
+        ids = semantic_ids(cfg, data, model, tokenizer, journal, tick is None)
     template = prepare.make_template(cfg, ids, tokenizer)
     print(ids.table(), end="\n\n")
     ids.save(out / "semantic_ids.json")
     disk.write_file(out / "stats.md", f"{stats}\n\n{ids.table()}\n")
-    clock("semantic IDs")
+    clock("semantic IDs", journal.earlier)
 
     # the base: pretrained, or learnt here on D0; then LoRA around every projection
     towers = TwoTowers(data.stages, data.known, len(data.keys), cfg)
@@ -129,23 +132,30 @@ def tidy(out: Path, cfg: Config) -> None:
             disk.sweep(place)
 
 
-def once(out: Path, data: prepare.Dataset, fit: Callable[[], SemanticIDs]) -> SemanticIDs:
-    """The items' IDs: those that an earlier start committed, or fit(). They are fixed for all stages, so a
-    change of what they were made from is refused."""
-    place = out / "checkpoints" / "semantic-ids"
-    made_from = data.ids_file.read_bytes() if data.ids_file else json.dumps(data.texts).encode()
-    source = hashlib.sha256(made_from).hexdigest()
-    if place.is_dir():
-        tensors, facts = checkpoint.read(place)
-        if facts["source"] != source:
-            raise UsageError(f"{out} was begun with other {'semantic IDs' if data.ids_file else 'texts of the items'}\n"
-                             f"their hash was {facts['source'][:12]}, now it is {source[:12]}\n"
-                             "use the same, or start anew without --resume")
-        return SemanticIDs(tensors["codes"], facts["n_codes"], facts["collisions_before"])
-    ids = fit()
-    checkpoint.write(place, {"codes": ids.codes},
-                     {"n_codes": ids.n_codes, "collisions_before": ids.collisions_before, "source": source})
-    return ids
+def semantic_ids(cfg: Config, data: prepare.Dataset, model: Llama, tokenizer: Tokenizer | None, journal: Journal,
+                 show: bool) -> SemanticIDs:
+    """The items' IDs, fixed for all stages: those that came with the data, those that an earlier start committed, or an
+    RQ-VAE on the items' vectors, which goes on where it was interrupted. A Llama's vectors are kept until then."""
+    if data.ids_file:
+        return prepare.given_ids(cfg, data)
+    vectors, ids = (Keeper(Path(cfg.out) / "checkpoints", phase, report.digest(cfg), journal)
+                    for phase in ("item-vectors", "semantic-ids"))
+    done = ids.finished()
+    if not done:
+        kept = vectors.finished()
+        x = kept[0]["vectors"] if kept else prepare.item_vectors(
+            cfg, data, model, tokenizer, counter("titles", len(data.texts), "item") if show else lambda n: None)
+        if not (kept or cfg.text_width):
+            vectors.finish({"vectors": x}, {})
+
+        def epochs(at: Progress, all_epochs: range) -> Iterator[int]:
+            left = ids.steps(ids.begin(at), all_epochs)
+            return tqdm(left, "RQ-VAE", len(all_epochs), False, initial=at.done, unit="epoch", disable=not show)
+        found = prepare.fit_ids(cfg, x, steps=epochs)
+        ids.finish({"codes": found.codes}, {"collisions_before": found.collisions_before})
+        done = ids.finished()
+    disk.remove(vectors.folder / vectors.phase)
+    return SemanticIDs(done[0]["codes"], cfg.codes, done[1]["collisions_before"])
 
 
 def learn_base(run: Run) -> None:

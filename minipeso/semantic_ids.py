@@ -54,7 +54,7 @@ class SemanticIDs:
         Runs on the device of `vectors`. An ID depends on the set of vectors and the seed, not on
         the order of the items; only items with *identical* vectors share out theirs by item id.
         unique: True, our repair (`move_to_free`); False, the Release's (`reassign_groups`), which
-        leaves identical items on one ID. training: lr, batch, progress, beta, ... of `rqvae.train`.
+        leaves identical items on one ID. training: lr, batch, steps, beta, ... of `rqvae.train`.
         The defaults suit `title_vectors` on a CPU; Release: rqvae.RELEASE_HIDDEN, 20,000 epochs.
         """
         x = torch.as_tensor(vectors, dtype=torch.float32)

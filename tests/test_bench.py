@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from minipeso import bench, race, race_data, race_growth, race_llama, race_load, race_rqvae, race_towers, race_trie
-from minipeso.config import UsageError, guard, resolve
+from minipeso.config import UsageError, resolve
+from minipeso.guard import guard
 from minipeso.llama import LlamaConfig
 from minipeso.tokens import rows
 from minipeso.trie import Trie

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from minipeso import config, evaluate, prepare
-from minipeso.config import Config, UsageError, from_args, guard, resolve
+from minipeso.config import Config, UsageError, from_args, resolve
+from minipeso.guard import guard
 from minipeso.disk import CheckpointError
 from tests.test_evorec import EVO_FIELDS
 from tests.test_twotower import TOWER_FIELDS
@@ -166,7 +167,7 @@ def test_alive_device(tmp_path, monkeypatch):
     assert prepare.load_model(micro(tmp_path, device="cpu")).device.type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert prepare.load_model(micro(tmp_path, device="auto")).device.type == "cpu"
-    with pytest.raises(UsageError, match="--device cpu"):
+    with pytest.raises(OSError, match="--device cpu"):
         prepare.load_model(micro(tmp_path, device="cuda"))
 
 
@@ -312,7 +313,8 @@ REFUSED = [
     (["--min-events", "2"], "--min-events"), (["--rank", "0"], "--rank"), (["--clip", "0"], "--clip"),
     (["--dropout", "nan"], "--dropout"), (["--temperature", "0"], "--temperature"), (["--users", "-3"], "--users"),
     (["--rqvae-hidden", "12,x"], "12,x"), (["--epochs", "1.5"], "1.5"), (["--years", "2019:2020"], "2019:2020"),
-    (["--world-alpha", "1.5"], "1.5"),
+    (["--world-alpha", "1.5"], "1.5"), (["--dataset", "instrumnts"], "did you mean instruments?"),
+    (["--dataset", "xyz"], "a category of the Hub"),
 ]
 
 
@@ -328,6 +330,52 @@ def test_bad_settings_end_with_three_lines_and_code_2(argv, named, tmp_path, cap
     assert left.value.code == 2 and len(error) == 3 and error[0].startswith("error: "), error
     assert named in "\n".join(error), error
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+NUMBERS = [field.name for field in dataclasses.fields(Config) if field.type in ("int", "float")]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_bounds(name):
+    """Just outside of them, and what is no number, is refused in three lines; the bounds themselves are not."""
+    low, high = config.BOUNDS.get(name, (0, 2**31 - 1 if isinstance(OTHER.get(name, getattr(Config, name)), int) else 1e30))
+    for wrong in (low - 1e-9, low - 1, high * 1.0001 + 1, float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(UsageError, match="out of range") as error:
+            resolve({name: wrong})
+        assert len(str(error.value).splitlines()) == 3 and config.flag(name) in str(error.value)
+    assert [getattr(resolve({name: right}), name) for right in (low, high)] == [low, high]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_runs_or_is_told(name, tmp_path, capsys, monkeypatch):
+    """A whole run with the smallest, the largest and odd values: results, or three lines and an exit code."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    system = "lightgcn-pisa" if name.startswith("tower") or name in ("contrast", "pisa_alpha") else \
+        "evorec" if name.startswith("evo") or name == "filter_epochs" else "peso"
+    settings = MICRO | dict(compare="", method=system, tower_epochs=2, filter_epochs=1)
+    low, high = config.BOUNDS.get(name, (0, 1e30))
+    endless = ("epochs", "base_epochs", "rqvae_epochs", "tower_epochs", "filter_epochs", "tower_patience", "layers", "levels",
+               "tower_layers", "stages", "tower_negatives", "world_users", "world_items", "tower_neighbours", "threads")
+    kind = type(getattr(Config, name))
+    for value in {low, *(() if name in endless else (min(high, 10**9),)), *((0.5 * low, 1e-3, 1e6) if kind is float else (2, 3))}:
+        out = tmp_path / f"{value}"
+        try:
+            guard(lambda: run(micro(out, **settings | {name: kind(value)})))
+        except SystemExit as left:
+            error = capsys.readouterr().err.rpartition("error: ")[2].strip("\n").splitlines()
+            assert left.code in (2, 4, 5) and len(error) == 3, (value, left.code, error)
+
+
+def test_a_category_by_its_own_name_is_treated_as_the_papers():
+    """The three under either name, and any other, with the paper's base and years; a folder of that name is a folder."""
+    for short, name in config.CATEGORIES.items():
+        assert dataclasses.replace(resolve({"dataset": name}), dataset=short, out="") == \
+               dataclasses.replace(resolve({"dataset": short}), out="")
+    other = resolve({"dataset": "Digital_Music"})
+    assert (other.base, other.years, other.lam) == ("meta-llama/Llama-3.2-1B", "2019-2023", Config.lam)
+    assert resolve({"dataset": "Books"}).years == "2022-2023" and resolve({"dataset": "data/Books"}).base == "tiny"
+    assert resolve({"dataset": "Digital_Music", "base": "tiny", "years": ""}).years == ""
 
 
 def test_exit_code_2_reaches_the_shell():

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import train
 from minipeso import continual
 from minipeso.checkpoint import restore, snapshot
 from minipeso.continual import METHODS, Objective, Plan

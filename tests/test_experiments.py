@@ -16,7 +16,8 @@ import torch
 
 from minipeso import cells, continual, disk, experiments, paper, report, scores
 from minipeso.cells import Cell, Result, fill
-from minipeso.config import UsageError, guard
+from minipeso.config import UsageError
+from minipeso.guard import guard
 from minipeso.metrics import bootstrap_interval, gains, hits
 from tests.micro import MICRO, flags, micro, run
 

@@ -15,11 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import train
 from minipeso import checkpoint, continual, disk, keeper, report, signals
-from minipeso.config import UsageError, from_args, guard
+from minipeso.guard import guard
 from minipeso.disk import CheckpointError
 from tests.killer import content
 from tests.micro import MICRO, flags, micro, run
@@ -206,8 +205,8 @@ def test_a_kill_while_ranking_does_not_train_again(whole, tmp_path, monkeypatch)
 def test_a_signal_saves_first(signum, code, tmp_path):
     """In D_1's training: the step is finished and saved though no save was due; exit 143 and 130, no traceback, and
     --resume starts behind that step."""
-    driver = ("import sys, train; from minipeso import config, keeper; keeper.Keeper.due = float('inf'); "
-              "config.guard(lambda: train.main(config.from_args(sys.argv[1:])))")
+    driver = ("import sys, train; from minipeso import config, keeper; from minipeso.guard import guard; keeper.Keeper.due = float('inf'); "
+              "guard(lambda: train.main(config.from_args(sys.argv[1:])))")
     argv = flags(**MICRO | dict(out=tmp_path / "run", epochs=400))
     process = subprocess.Popen([sys.executable, "-c", driver, *argv], cwd=ROOT, env=ENVIRONMENT, text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -275,7 +274,7 @@ def test_other_data_or_texts_are_refused(tmp_path, capsys, monkeypatch):
     titles = (world / "meta_Demo.jsonl").read_text()
     (world / "meta_Demo.jsonl").write_text(titles.replace("no. 1", "number 1"))
     code, message = fails(lambda: run(micro(tmp_path / "run", **settings)), capsys, monkeypatch)
-    assert code == 2 and "texts of the items" in message[0], message
+    assert code == 2 and "the items' texts or IDs have another hash" in message[1], message
     (world / "meta_Demo.jsonl").write_text(titles)
     rows = (world / "Demo.jsonl").read_text().splitlines(keepends=True)
     (world / "Demo.jsonl").write_text("".join(rows[:-3]))

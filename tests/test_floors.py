@@ -13,8 +13,8 @@ FILES = {path.stem: path for path in sorted((ROOT / "minipeso").glob("*.py")) if
 SCRIPTS = {name: ROOT / f"{name}.py" for name in ("train", "eval")}
 FLOORS = (
     "parallel",
-    "disk signals cache rows", "ratings",  # the system below
-    "config synthetic reviews metrics llama lora proximal rqvae trie embed journal paper lightgcn sasrec download race",  # alone
+    "disk signals cache rows progress", "ratings",  # the system below
+    "config synthetic reviews metrics llama lora proximal rqvae trie embed journal paper guard lightgcn sasrec download race",  # alone
     "stages semantic_ids tokens hub theory beam checkpoint pisa race_trie",  # two things joined
     "cumulative objective race_data race_rqvae race_towers evaluate prepare report keeper twotower",  # the mechanism
     "continual reopen",
@@ -95,14 +95,14 @@ def test_functions_are_short(module):
 
 
 def test_files_are_short():
-    """A file has at most 300 lines, train.py 180. Not blank are at most 6,100 lines of the package, and 900 of what only
+    """A file has at most 300 lines, train.py 180. Not blank are at most 6,300 lines of the package, and 900 of what only
     measures its speed (bench.py, race*.py)."""
     lines = {name: len(path.read_text().splitlines()) for name, path in (FILES | SCRIPTS).items()}
     too_long = {name: n for name, n in lines.items() if n > (180 if name == "train" else 300)}
     assert not too_long, too_long
     filled = {name: sum(bool(line.strip()) for line in path.read_text().splitlines()) for name, path in FILES.items()}
     speed = sum(n for name, n in filled.items() if name.startswith(("bench", "race")))
-    assert speed <= 900 and sum(filled.values()) - speed <= 6100, (speed, filled)
+    assert speed <= 900 and sum(filled.values()) - speed <= 6300, (speed, filled)
 
 
 def test_every_file_says_what_it_is(module):

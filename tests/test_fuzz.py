@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from minipeso import config, prepare, report
+from minipeso import prepare, report
 from minipeso.checkpoint import CheckpointError, read
+from minipeso.guard import EXIT_CODES
 from minipeso.hub import load_llama
 from minipeso.lora import adapters, inject, load_peft, save_peft
 from minipeso.semantic_ids import SemanticIDs
 from tests.killer import content
 from tests.micro import checkpoint, micro, run, shared_ids
 
-TOLD = tuple(kind for kind, _ in config.EXIT_CODES)
+TOLD = tuple(kind for kind, _ in EXIT_CODES)
 WORDS = (b"null", b"-1", b"1e999", b"NaN", b'"x"', b"[]", b"{}", b"true", b"99999999999999999999", b"\xff\xfe", b"\x00",
          b'"\\ud800"', b"[[[[[[", b"0.5")
 

@@ -150,7 +150,7 @@ def test_the_release_brings_its_own_ids(tmp_path):
     codes = [[i, 2 * i, 3] for i in range(6)]
     cfg = micro(tmp_path, dataset=str(blocks(tmp_path / "data", STAGES, codes)), levels=2, codes=16)
     data = prepare.load_dataset(cfg, tmp_path / "world")
-    ids = prepare.semantic_ids(cfg, data, None, None)
+    ids = prepare.given_ids(cfg, data)
     assert ids.codes.tolist() == codes and ids.n_codes == 16 and data.texts is None
     assert data.stages[1].current == {1: [4, 1, 0, 2]} and data.stages[1].history == {1: [0, 1, 2, 3]}
     assert data.known == [[0, 1, 2, 3], [0, 1, 2, 3, 4]] and not (tmp_path / "world").exists()
@@ -161,7 +161,7 @@ def test_an_item_without_an_id_is_refused(tmp_path):
     cfg = micro(tmp_path, dataset=str(blocks(tmp_path / "data", STAGES, [[i, i] for i in range(4)])))
     data = prepare.load_dataset(cfg, tmp_path)
     with pytest.raises(UsageError, match=r"has 4 items, the stages name item 4"):
-        prepare.semantic_ids(cfg, data, None, None)
+        prepare.given_ids(cfg, data)
 
 
 def test_a_history_may_name_items_that_no_stage_has(tmp_path):
@@ -173,7 +173,7 @@ def test_a_history_may_name_items_that_no_stage_has(tmp_path):
     data = prepare.load_dataset(cfg, tmp_path)
     assert len(data.keys) == 8
     with pytest.raises(UsageError, match="item 7"):
-        prepare.semantic_ids(cfg, data, None, None)
+        prepare.given_ids(cfg, data)
 
 
 @pytest.mark.parametrize("missing, left", [(0, "D2, D3"), (1, "D1, D3")])
@@ -213,7 +213,8 @@ def test_prompt_and_base_must_fit(tmp_path):
     """The short prompt needs no words and the sentences do: either mismatch is refused, each match works."""
     scratch, words = micro(tmp_path), micro(tmp_path, base=str(checkpoint(tmp_path / "llama")), prompt="release")
     data = prepare.load_dataset(scratch, tmp_path / "world")
-    ids, tokenizer = prepare.semantic_ids(scratch, data, None, None), prepare.load_tokenizer(words)
+    vectors = prepare.item_vectors(scratch, data, None, None)
+    ids, tokenizer = prepare.fit_ids(scratch, vectors), prepare.load_tokenizer(words)
     assert prepare.make_template(scratch, ids, None).first_token == 1
     template = prepare.make_template(words, ids, tokenizer)
     assert template.first_token == 256 and "chronological" in QUESTIONS["release"]
@@ -239,21 +240,23 @@ def test_a_vocabulary_that_does_not_match_is_refused(tmp_path):
         prepare.load_tokenizer(cfg)
 
 
-def test_item_vectors_come_from_the_model_that_has_words(tmp_path, monkeypatch):
+def test_item_vectors_come_from_the_model_that_has_words(tmp_path):
     """With a checkpoint the RQ-VAE sees the mean of Llama's hidden states over the title's tokens (computed here
     one title at a time); --text-width or a base without words means title vectors of that width."""
     cfg = micro(tmp_path, base=str(checkpoint(tmp_path / "llama")), prompt="paper", text_width=0)
     data, model, tokenizer = (prepare.load_dataset(cfg, tmp_path / "world"), prepare.load_model(cfg),
                               prepare.load_tokenizer(cfg))
-    seen = []
-    monkeypatch.setattr(prepare.SemanticIDs, "fit", lambda vectors, *rest, **more: seen.append(vectors))
-    prepare.semantic_ids(cfg, data, model, tokenizer)
+    told = []
+    seen = [prepare.item_vectors(cfg, data, model, tokenizer, told.append)]
     with torch.no_grad():
         wanted = np.stack([model.model(torch.tensor([tokenizer.encode(t).ids]))[0].mean(0).numpy() for t in data.texts])
     assert np.allclose(np.asarray(seen[0]), wanted, atol=1e-5), f"off by {np.abs(np.asarray(seen[0]) - wanted).max()}"
-    prepare.semantic_ids(micro(tmp_path, base=cfg.base, prompt="paper", text_width=7), data, model, tokenizer)
-    prepare.semantic_ids(micro(tmp_path, text_width=9), data, None, None)
+    assert sum(told) == len(data.texts) and seen[0].dtype == torch.float32
+    seen.append(prepare.item_vectors(micro(tmp_path, base=cfg.base, prompt="paper", text_width=7), data, model, tokenizer))
+    seen.append(prepare.item_vectors(micro(tmp_path, text_width=9), data, None, None))
     assert [v.shape[1] for v in seen[1:]] == [7, 9]
+    with pytest.raises(UsageError, match="--text-width"):
+        prepare.item_vectors(micro(tmp_path, text_width=0), data, None, None)
 
 
 # -- what the notes tell of the rows ----------------------------------------------------------------

@@ -131,7 +131,7 @@ def test_a_new_run_voids_what_the_old_one_left(tmp_path):
     (tmp_path / "other" / "config.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text("old\n")
     cfg = resolve({"out": str(tmp_path), "seed": 9})
-    report.begin(tmp_path, cfg, "")
+    report.begin(tmp_path, cfg, {"data": "", "items": ""})
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("results.json"))
     assert left == ["other/results.json"] and (tmp_path / "metrics.jsonl").read_text() == ""
     written = json.loads((tmp_path / "config.json").read_text())

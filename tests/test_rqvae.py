@@ -330,12 +330,13 @@ def test_the_state_with_fewest_collisions_is_kept(monkeypatch):
     states, model = {}, small()
     counts = {epoch: 5 for epoch in range(1, 21)} | {15: 2, 18: 3}
 
-    def progress(epoch: int, loss: float) -> None:
-        assert math.isfinite(loss)
-        states[epoch] = {key: value.clone() for key, value in model.state_dict().items()}
+    def steps(at, epochs):
+        for epoch in at.steps(epochs):
+            monkeypatch.setattr(rqvae, "collisions", lambda codes: counts[epoch])
+            yield epoch
+            states[epoch] = {key: value.clone() for key, value in model.state_dict().items()}
 
-    monkeypatch.setattr(rqvae, "collisions", lambda codes: counts[len(states)])
-    train(model, items(), 20, seeded(), progress=progress)
+    train(model, items(), 20, seeded(), steps=steps)
     assert len(states) == 20 and distance(states[15], model.state_dict()) == 0
     assert distance(states[20], model.state_dict()) > 0
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.metadata
 import json
 import os
 import re
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 import eval as eval_script
 import train
 from minipeso import report
-from minipeso.config import from_args, guard
+from minipeso.config import from_args
+from minipeso.guard import guard
 from minipeso.lora import load_peft
 from minipeso.run import rank_users
 from tests.micro import MICRO, blocks, checkpoint, fingerprint, flags, micro, run, set_up, shared_ids
@@ -104,8 +106,8 @@ def test_results_hold_what_the_design_says(runs):
         assert row["ndcg@10"] == pytest.approx(gains.sum().item() / len(ranks[t]), abs=1e-6)
     assert result["config"]["method"] == "peso" and report.load(out / "single")[0]["config"]["method"] == "single"
     config = json.loads((out / "config.json").read_text())
-    assert {k: v for k, v in config.items() if k not in ("versions", "data")} == result["config"]
-    assert config["versions"]["torch"] == torch.__version__ and min(result["seconds"].values()) >= 0
+    assert {k: v for k, v in config.items() if k not in ("versions", "data", "items")} == result["config"]
+    assert config["versions"]["torch"] == importlib.metadata.version("torch") and min(result["seconds"].values()) >= 0
 
 
 def test_every_user_of_every_stage_was_tested(runs):
