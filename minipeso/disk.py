@@ -41,11 +41,10 @@ def commit(folder: Path, files: dict[str, bytes]) -> None:
     one, or none; never half of one."""
     if parallel.rank():
         return
-    manifest = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     with _part(folder) as part:
         remove(part)
         part.mkdir(parents=True)
-        for name, data in {**files, "manifest.json": json.dumps(manifest, indent=1).encode()}.items():
+        for name, data in {**files, "manifest.json": manifest(files)}.items():
             _flush(part / name, data)
         _sync(part)
         remove(folder)
@@ -53,19 +52,42 @@ def commit(folder: Path, files: dict[str, bytes]) -> None:
         _sync(folder.parent)
 
 
+def manifest(files: dict[str, bytes]) -> bytes:
+    rows = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    return json.dumps(rows, indent=1).encode()
+
+
+def seal(folder: Path) -> None:
+    """The manifest of a folder that another has filled: from then on `read` knows whether it is whole."""
+    if not parallel.rank():
+        write_file(folder / "manifest.json", manifest({path.name: path.read_bytes() for path in sorted(folder.iterdir())
+                                                       if path.name != "manifest.json"}))
+
+
 def read(folder: Path) -> dict[str, bytes]:
     """The files of a committed folder, each held against the manifest; CheckpointError says what differs."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        files = {name: (folder / name).read_bytes() for name in manifest if Path(name).name == name}
+        rows = json.loads((folder / "manifest.json").read_bytes())
+        files = {name: (folder / name).read_bytes() for name in rows if Path(name).name == name}
         wrong = [f"{name}: {len(data):,} bytes, sha256 {hashlib.sha256(data).hexdigest()[:12]}, the manifest has "
-                 f"{manifest[name]['bytes']:,}, {manifest[name]['sha256'][:12]}" for name, data in files.items()
-                 if manifest[name] != {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}]
+                 f"{rows[name]['bytes']:,}, {rows[name]['sha256'][:12]}" for name, data in files.items()
+                 if rows[name] != {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}]
     except (OSError, ValueError, KeyError, TypeError) as error:
         wrong = [f"{type(error).__name__}: {error}"]
     if wrong:
         raise CheckpointError(f"{folder} is not an intact checkpoint\n{wrong[0]}\ndelete it and run again")
     return files
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """The JSON object in a file; ValueError in three lines."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON\n{error}\n{remedy}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object\nit holds a {type(value).__name__}\n{remedy}")
+    return value
 
 
 def remove(path: Path) -> None:

@@ -184,16 +184,14 @@ def verify(path: Path, repo: str, name: str) -> None:
     A large file is called by its SHA-256, a small one as git calls it, by the SHA-1 of "blob SIZE\\0" and content.
     The result is remembered beside the cache's blobs. HubError if they differ; the file is left for a look.
     """
-    if not path.is_symlink():
-        return  # a cache without links does not tell the hash
-    blob = path.parent / os.readlink(path)  # one link only: a blob may itself be one, into a store with other names
-    if not re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
-        return  # a mirror's own way to name files
+    blob = _blob(path)
+    if not blob:
+        return  # a cache without links, or with names of a mirror's own, does not tell the hash
     record, stat = blob.parent.parent / "minipeso-verified.json", blob.stat()
     known = _remembered(record)
     if known.get(blob.name) == [stat.st_size, stat.st_mtime_ns]:
         return
-    found = _digest(blob, name)
+    found = _digest(blob, name, "sha256" if len(blob.name) == 64 else "git")
     if found != blob.name:
         raise HubError(f"{repo}: {name} is damaged\n{stat.st_size:,} bytes with the hash {found[:16]}, the Hub has "
                        f"{blob.name[:16]}\ndelete {blob.resolve()} and run again")
@@ -212,10 +210,23 @@ def _remembered(record: Path) -> dict:
     return known if isinstance(known, dict) else {}
 
 
-def _digest(blob: Path, name: str) -> str:
-    size = blob.stat().st_size
-    digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % size)
-    with open(blob, "rb") as file, tqdm(total=size, desc=f"verifying {name}", unit="B", unit_scale=True, leave=False,
+def content_hash(path: Path) -> str:
+    """The hash that the cache calls the file by, or its SHA-256."""
+    blob = _blob(path)
+    return blob.name if blob else _digest(path, path.name)
+
+
+def _blob(path: Path) -> Path | None:
+    """Where a link of the cache leads, if that is a hash. One link only: a blob may itself be one, into a store with
+    other names."""
+    blob = path.parent / os.readlink(path) if path.is_symlink() else None
+    return blob if blob and re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", blob.name) else None
+
+
+def _digest(path: Path, name: str, kind: str = "sha256") -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size)
+    with open(path, "rb") as file, tqdm(total=size, desc=f"verifying {name}", unit="B", unit_scale=True, leave=False,
                                         delay=1) as bar:
         for block in iter(lambda: file.read(1 << 22), b""):
             digest.update(block)

@@ -23,7 +23,6 @@ from minipeso.hub import checkpoint_folder
 from minipeso.llama import Llama
 from minipeso.lora import adapters
 from minipeso.reopen import Reopened, adapter_folder
-from minipeso.semantic_ids import LETTERS
 
 NOTICE = "Llama {} is licensed under the Llama {} Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.\n"
 BUILT = """
@@ -186,8 +185,7 @@ def plain_tensors(model: Llama, merged: bool = True) -> dict[str, Tensor]:
 def _write_tokenizer(folder: Path, run: Reopened) -> None:
     """The base's tokenizer with <a_0> ... behind its words, at the ids that the model was trained with."""
     tokenizer = Tokenizer.from_str(run.tokenizer.to_str())
-    levels, n_codes = run.ids.codes.shape[1], run.ids.n_codes
-    names = [f"<{LETTERS[level]}_{code}>" for level in range(levels) for code in range(n_codes)]
+    names = run.ids.tokens
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
     ids = [tokenizer.token_to_id(name) for name in names]
     if ids != list(range(run.template.first_token, run.template.first_token + len(names))):

@@ -1,6 +1,7 @@
 """Weights from the Hub, or a folder in its layout, into `Llama`: strict, one tensor at a time."""
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minipeso.download import cached, fetch_checkpoint, fetch_small
+from minipeso.download import cached, content_hash, fetch_checkpoint, fetch_small
 from minipeso.llama import Llama, LlamaConfig, Rotary
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -54,6 +55,13 @@ def checkpoint_folder(name_or_path: str | Path, weights: bool = True) -> Path:
         raise FileNotFoundError(f"no folder {folder} with a Llama checkpoint\nand no name of a Hub repository\n"
                                 "pass a folder with config.json, tokenizer.json and model.safetensors, or owner/name")
     return (fetch_checkpoint if weights else fetch_small)(str(name_or_path))
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """Of all that a checkpoint's model is made from. What the Hub's cache calls by its hash is not read again
+    (download.verify has), a folder's own files are."""
+    names = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
+    return hashlib.sha256(json.dumps([[path.name, content_hash(path)] for path in names]).encode()).hexdigest()
 
 
 def folder_at_hand(name_or_path: str | Path) -> Path | None:

@@ -14,11 +14,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minipeso import parallel
+from minipeso import disk, parallel
 from minipeso.config import BASES, DATASETS, Config, UsageError, category_of, flag, unknown
 from minipeso.download import fetch_reviews
 from minipeso.embed import llama_vectors, title_vectors
-from minipeso.hub import checkpoint_folder, load_llama, read_config
+from minipeso.hub import checkpoint_folder, checkpoint_hash, load_llama, read_config
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.reviews import REVIEW_FILES, dataset_schema, find_one, item_text, read_items, read_reviews
 from minipeso.rows import read_lines
@@ -76,10 +76,11 @@ def load_dataset(cfg: Config, folder: Path) -> Dataset:
     return data
 
 
-def fingerprints(data: Dataset) -> dict[str, str]:
-    """Hashes of what a run stands on: the stages, and what the semantic IDs are made from."""
+def fingerprints(cfg: Config, data: Dataset, base: bool = True) -> dict[str, str]:
+    """Hashes of what a run stands on: the stages, what the semantic IDs are made from, the checkpoint if it needs one."""
     items = data.ids_file.read_bytes() if data.ids_file else json.dumps(data.texts).encode()
-    return {"data": fingerprint(data.stages), "items": hashlib.sha256(items).hexdigest()}
+    found = {"data": fingerprint(data.stages), "items": hashlib.sha256(items).hexdigest()}
+    return found | ({} if from_scratch(cfg) or not base else {"base": checkpoint_hash(checkpoint_folder(cfg.base))})
 
 
 def fingerprint(stages: list[Stage]) -> str:
@@ -236,6 +237,22 @@ def fit_ids(cfg: Config, vectors: Tensor, **how) -> SemanticIDs:
     """An RQ-VAE on the items' vectors, where the model is."""
     return SemanticIDs.fit(vectors.to(device_of(cfg)), cfg.levels, cfg.codes, cfg.latent, cfg.rqvae_hidden, cfg.rqvae_epochs,
                            cfg.seed, lr=cfg.rqvae_lr, **how)
+
+
+def vocabulary(ids: SemanticIDs, template: Template) -> dict[str, int]:
+    """{a code's name: its token id}, behind the words."""
+    return dict(zip(ids.tokens, range(template.first_token, template.first_token + len(ids.tokens))))
+
+
+def agree_on_tokens(path: Path, ids: SemanticIDs, template: Template) -> None:
+    """Token ids are written down once, and what reads a row of the token tables later holds its own against them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing\nit holds the codes' token ids\nbring it back, or run anew")
+    written, now = disk.read_json(path, "bring it back, or run anew"), vocabulary(ids, template)
+    if written != now:
+        name = next(name for name in [*now, *written] if written.get(name) != now.get(name))
+        raise UsageError(f"the codes have other token ids than the run's\n{name} is {now.get(name)}, in {path} {written.get(name)}\n"
+                         "use the tokenizer.json and semantic IDs that the run began with")
 
 
 def make_template(cfg: Config, ids: SemanticIDs, tokenizer: Tokenizer | None) -> Template:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from minipeso import checkpoint, prepare
+from minipeso import checkpoint, disk, prepare
 from minipeso.config import Config, UsageError
 from minipeso.llama import Llama
 from minipeso.lora import load_peft
-from minipeso.report import HASHES
+from minipeso.report import HASHES, digest
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.tokens import Template
 
@@ -40,27 +40,33 @@ def reopen(folder: Path, stage: int = 0) -> Reopened:
     root, cfg, then = settings(folder)
     world = root / "world"
     data = prepare.load_dataset(dataclasses.replace(cfg, dataset=str(world)) if cfg.dataset == "demo" else cfg, world)
-    for name, now in prepare.fingerprints(data).items():
-        if now != then[name]:
-            raise UsageError(f"the data of {cfg.dataset} is not that of the run any more\n{HASHES[name]} the hash {now[:12]}, "
-                             f"in {root / 'config.json'} {then[name][:12]}\nbring the data back, or run anew")
+    for name, now in prepare.fingerprints(cfg, data).items():
+        if now != then.get(name):
+            raise UsageError(f"what {folder} was made from is not there any more\n{HASHES[name]} the hash {now[:12]}, "
+                             f"in {root / 'config.json'} {str(then.get(name))[:12]}\nbring it back, or run anew")
     ids = SemanticIDs.load(root / "semantic_ids.json", cfg.codes)
+    made = prepare.given_ids(cfg, data).codes if data.ids_file else checkpoint.read(root / "checkpoints" / "semantic-ids")[0]["codes"]
+    if not torch.equal(ids.codes, made):
+        raise UsageError(f"{root / 'semantic_ids.json'} is not what the run wrote\nthe run's own differ from it\n"
+                         "bring it back, or run anew")
     tokenizer = prepare.load_tokenizer(cfg)
+    template = prepare.make_template(cfg, ids, tokenizer)
+    prepare.agree_on_tokens(root / "tokens.json", ids, template)
     model = base_model(root, cfg, ids)
+    disk.read(place)
     load_peft(model, place)
-    return Reopened(cfg, data, ids, prepare.make_template(cfg, ids, tokenizer), tokenizer, model.eval(), stage)
+    return Reopened(cfg, data, ids, template, tokenizer, model.eval(), stage)
 
 
 def settings(folder: Path) -> tuple[Path, Config, dict[str, str]]:
-    """(the run's own folder, Config, the data's hashes). `folder` may be that of a method it was compared with."""
+    """(the run's own folder, Config, the hashes of what it was made from). `folder` may be that of a method it was compared with."""
     root = folder if (folder / "config.json").is_file() else folder.parent
     path = root / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run\nit has no config.json\npass a folder that train.py --out left")
     try:
         values = json.loads(path.read_text())
-        then = {name: values.pop(name) for name in HASHES}
-        values.pop("versions")
+        then, _ = dict(values.pop("hashes")), values.pop("versions")
         strange = sorted(values.keys() - Config.__dataclass_fields__.keys())
         cfg = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name not in strange})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -68,6 +74,9 @@ def settings(folder: Path) -> tuple[Path, Config, dict[str, str]]:
     if strange:
         raise UsageError(f"{path} has settings that this version does not know\n{', '.join(strange)}\n"
                          "use the minipeso that made the run")
+    if digest(cfg) != then.get("settings"):
+        raise UsageError(f"{path} is not what the run wrote\nits settings have the hash {digest(cfg)}, the run's is "
+                         f"{then.get('settings')}\nundo the change, or run anew")
     return root, cfg if folder == root else dataclasses.replace(cfg, method=folder.name), then
 
 

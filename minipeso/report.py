@@ -16,7 +16,7 @@ from minipeso import checkpoint, disk
 from minipeso.config import MAY_CHANGE, Config, UsageError, flag
 from minipeso.metrics import CUTOFFS, average, hits, paired_interval, summary
 
-HASHES = {"data": "the data has", "items": "the items' texts or IDs have"}
+HASHES = {"data": "the data has", "items": "the items' texts or IDs have", "base": "the base's files have"}
 METRICS = [f"{name}@{k}" for name in ("hit", "ndcg") for k in CUTOFFS]
 
 
@@ -57,19 +57,19 @@ def digest(cfg: Config) -> str:
     return hashlib.sha256(json.dumps(settings(cfg, MAY_CHANGE)).encode()).hexdigest()[:16]
 
 
-def begin(out: Path, cfg: Config, data: dict[str, str]) -> None:
-    """A new run in `out` on the data of these hashes: config.json is written, and what an older run left
+def begin(out: Path, cfg: Config, hashes: dict[str, str]) -> None:
+    """A new run in `out` on what has these hashes: config.json is written, and what an older run left
     there is void. With --resume the older run goes on, if it has the same settings and data."""
     out.mkdir(parents=True, exist_ok=True)
     if goes_on(out, cfg):
-        agree(out, cfg, data)
+        agree(out, cfg, hashes)
         checkpoint.check(out / "checkpoints")
     else:
         disk.remove(out / "checkpoints")
         for old in (out / "results.json", *out.glob("*/results.json")):
             if old.parent == out or not (old.parent / "config.json").is_file():  # else: a run of its own, not a method's
                 old.unlink(missing_ok=True)
-        write_json(out / "config.json", settings(cfg) | data | {"versions": versions()})
+        write_json(out / "config.json", settings(cfg) | {"hashes": hashes | {"settings": digest(cfg)}, "versions": versions()})
     disk.write_file(out / "metrics.jsonl", "")  # what is gone on with says again what it had said
 
 
@@ -77,19 +77,20 @@ def goes_on(out: Path, cfg: Config) -> bool:
     return cfg.resume and (out / "config.json").is_file()
 
 
-def agree(out: Path, cfg: Config, data: dict[str, str] | None = None) -> None:
-    """The settings (and the data's hashes) must be those that the run in `out` began with: UsageError
+def agree(out: Path, cfg: Config, hashes: dict[str, str] | None = None) -> None:
+    """The settings (and the hashes of what it stands on) must be those that the run in `out` began with: UsageError
     names what differs. A newer torch is let pass, and told."""
     file = out / "config.json"
-    before, now = read_json(file, "start anew, without --resume"), settings(cfg, MAY_CHANGE)
-    began = {name: value for name, value in before.items() if name not in (*HASHES, "versions", *MAY_CHANGE)}
+    before, now = disk.read_json(file, "start anew, without --resume"), settings(cfg, MAY_CHANGE)
+    began = {name: value for name, value in before.items() if name not in ("hashes", "versions", *MAY_CHANGE)}
     differ = [f"{flag(name)} {began.get(name)} there, {now.get(name)} now" for name in sorted(began.keys() | now.keys())
               if began.get(name) != now.get(name)]
-    differ += [f"{HASHES[name]} another hash" for name in data or () if data[name] != before.get(name)]
+    then = before["hashes"] if isinstance(before.get("hashes"), dict) else {}
+    differ += [f"{HASHES[name]} another hash" for name in hashes or () if then.get(name) != hashes[name]]
     if differ:
         raise UsageError(f"{out} was begun with other settings\n{'; '.join(differ)}\n"
                          "use the same, start anew without --resume, or name another --out")
-    if data and before.get("versions") != versions():
+    if hashes and before.get("versions") != versions():
         print(f"note: begun with {before.get('versions')}, going on with {versions()}", end="\n\n")
 
 
@@ -139,7 +140,7 @@ def load(folder: Path) -> tuple[dict, dict[str, Tensor]]:
             raise FileNotFoundError(f"{folder} is not a finished run\nit has no {name}\n"
                                     "give the --out folder of a train.py run that ended")
     remedy = "delete results.json and run train.py again with --resume"
-    found, ranks = (read_json(folder / name, remedy) for name in ("results.json", "ranks.json"))
+    found, ranks = (disk.read_json(folder / name, remedy) for name in ("results.json", "ranks.json"))
     try:
         ranks = {t: torch.tensor(r, dtype=torch.long) for t, r in ranks.items()}
         again = results(found["config"], ranks, found["references"], found["seconds"])
@@ -151,17 +152,6 @@ def load(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{folder / 'results.json'} is not what ranks.json beside it gives\n{wrong[0]} differs\n"
                          f"{remedy}")
     return found | {part: again[part] for part in ("stages", "average")}, ranks  # a digit within the rounding: not shown
-
-
-def read_json(path: Path, remedy: str) -> dict:
-    """The JSON object in a file; ValueError in three lines."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON\n{error}\n{remedy}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object\nit holds a {type(value).__name__}\n{remedy}")
-    return value
 
 
 def same(a, b) -> bool:

@@ -1,6 +1,7 @@
 """One run, piece by piece: what train.py tells as a story, and what the experiments repeat."""
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,12 @@ class Run(NamedTuple):
         """Whether training has moved the whole token tables by the end of D_t; by D_2: ever."""
         return "tables" in (self.cfg.first_trains, *[self.cfg.later_trains] * (t > 1))
 
+    def save_adapter(self, out: Path, t: int) -> None:
+        """The stage's PEFT folder, with hashes: of a flipped bit safetensors says nothing."""
+        folder = out / "adapters" / f"stage-{t}"
+        save_peft(self.model, folder, self.cfg.base, self.tables(t))
+        disk.seal(folder)
+
 
 class First(NamedTuple):
     """What all methods share: the base with a new adapter, the model of D_1, and D_1's ranks."""
@@ -63,14 +70,14 @@ class First(NamedTuple):
     ranks: Tensor
 
 
-def load(cfg: Config) -> tuple[prepare.Dataset, str]:
+def load(cfg: Config, base: bool = True) -> tuple[prepare.Dataset, str]:
     """Interactions -> stages D1 .. D5, and their Table 4; the run folder begins, or is gone on with (cfg.resume)."""
     out = Path(cfg.out)
     tidy(out, cfg)
     if report.goes_on(out, cfg):
         report.agree(out, cfg)  # before anything is written
     data = prepare.load_dataset(cfg, out / "world")
-    report.begin(out, cfg, prepare.fingerprints(data))
+    report.begin(out, cfg, prepare.fingerprints(cfg, data, base))
     stats = "\n".join([statistics_table(statistics(data.stages)), "", *data.notes])
     print(stats, end="\n\n")
     disk.write_file(out / "stats.md", stats + "\n")
@@ -80,7 +87,7 @@ def load(cfg: Config) -> tuple[prepare.Dataset, str]:
 def two_towers(cfg: Config) -> tuple[prepare.Dataset, dict[str, dict[str, Tensor]], Clock]:
     """A run of two-tower methods alone: they share the data with the LLM, and need no base."""
     with parallel.first_goes_ahead():
-        data = load(cfg)[0]
+        data = load(cfg, base=False)[0]
     clock, ranks = Clock(), {}
     towers = TwoTowers(data.stages, data.known, len(data.keys), cfg)
     for name in cfg.methods:
@@ -104,6 +111,9 @@ def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
         journal = Journal(out / "metrics.jsonl", "")
         ids = semantic_ids(cfg, data, model, tokenizer, journal, tick is None)
     template = prepare.make_template(cfg, ids, tokenizer)
+    if report.goes_on(out, cfg) and (out / "tokens.json").is_file():
+        prepare.agree_on_tokens(out / "tokens.json", ids, template)
+    disk.write_file(out / "tokens.json", json.dumps(prepare.vocabulary(ids, template)))
     print(ids.table(), end="\n\n")
     ids.save(out / "semantic_ids.json")
     disk.write_file(out / "stats.md", f"{stats}\n\n{ids.table()}\n")
@@ -181,7 +191,7 @@ def learn_first(run: Run) -> First:
         first = First(base, unpacked(*done, LoRALinear), go_on(run, *done, LoRALinear)["1"])
     else:
         continual.learn_first(run.model, run.data.stages[:1], run.template, run.cfg, journal, keeper)
-        save_peft(run.model, run.out / "adapters" / "stage-1", run.cfg.base, run.tables(1))
+        run.save_adapter(run.out, 1)
         first = First(base, snapshot(run.model, run.tables(2)), rank_users(run, 1))
         finish(keeper, first.model, {"1": first.ranks})
     run.clock("D1", journal.earlier)
@@ -210,7 +220,7 @@ def learn_later(run: Run, name: str, first: First, folder: Path | None = None,
             continual.learn_stage(run.model, method, stages[:t], run.template, cfg, first.base, journal, keeper)
         run.clock(name)
         if folder:
-            save_peft(run.model, folder / "adapters" / f"stage-{t}", cfg.base, run.tables(t))
+            run.save_adapter(folder, t)
         ranks[str(t)] = rank_users(run, t, shown, inactive(stages[:t]) if everyone else [])
         finish(keeper, snapshot(run.model, run.tables(2)), ranks)
         for old in numbered(run.checkpoints, f"{name}-stage-")[:-KEPT]:

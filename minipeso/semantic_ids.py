@@ -41,6 +41,11 @@ class SemanticIDs:
             table.setdefault(tuple(code), []).append(item)
         return table
 
+    @property
+    def tokens(self) -> list[str]:
+        """The name of every code, level by level: <a_0>, <a_1>, ... <d_255>."""
+        return [f"<{LETTERS[level]}_{code}>" for level in range(self.codes.shape[1]) for code in range(self.n_codes)]
+
     def item_of(self, code: Sequence[int] | Tensor) -> list[int]:
         """The items with this ID, ascending: one, or several (a collision), or [] for none."""
         return self.items_by_code.get(tuple(int(c) for c in code), [])

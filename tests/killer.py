@@ -23,7 +23,7 @@ from minipeso import keeper
 from tests.micro import fingerprint, micro
 
 CHANGES = dict(epochs=2, compare="pretrain,inflora-all-inherit", method="peso", lam=1e4)
-FILES = ("config.json", "stats.md", "metrics.jsonl", "semantic_ids.json", "ranks.json")
+FILES = ("config.json", "stats.md", "metrics.jsonl", "semantic_ids.json", "tokens.json", "ranks.json")
 
 
 def start(out: Path) -> int:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from minipeso import export, report
-from minipeso.checkpoint import CheckpointError
+from minipeso.checkpoint import CheckpointError, write
 from minipeso.config import UsageError
 from minipeso.evaluate import Ranker
 from minipeso.export import export_merged, export_peft, llama_version
@@ -104,7 +104,7 @@ def broken(folder: Path, how: str) -> None:
     """Spoils a copy of a run."""
     settings = json.loads((folder / "config.json").read_text())
     if how == "data":
-        (folder / "config.json").write_text(json.dumps(settings | {"data": "0" * 64}))
+        (folder / "config.json").write_text(json.dumps(settings | {"hashes": settings["hashes"] | {"data": "0" * 64}}))
     if how == "settings":
         (folder / "config.json").write_text(json.dumps(settings | {"momentum": 0.9}))
     if how == "no settings":
@@ -114,7 +114,14 @@ def broken(folder: Path, how: str) -> None:
     if how == "base":
         (folder / "checkpoints" / "base" / "state.safetensors").write_bytes(b"x")
     if how == "other base":
-        (folder / "config.json").write_text(json.dumps(settings | {"layers": 2}))
+        write(folder / "checkpoints" / "base", {"model.norm.weight": torch.ones(16)}, {})
+    if how == "edited":
+        (folder / "config.json").write_text(json.dumps(settings | {"alpha": settings["alpha"] * 2}))
+    if how == "tokens":
+        tokens = json.loads((folder / "tokens.json").read_text())
+        (folder / "tokens.json").write_text(json.dumps(tokens | {"<a_3>": tokens["<a_4>"], "<a_4>": tokens["<a_3>"]}))
+    if how == "no tokens":
+        (folder / "tokens.json").unlink()
     if how == "adapter":
         for place in folder.glob("adapters/*/adapter_config.json"):
             place.unlink()
@@ -123,7 +130,8 @@ def broken(folder: Path, how: str) -> None:
 @pytest.mark.parametrize("how, kind, word", [
     ("data", UsageError, "000000000000"), ("settings", UsageError, "momentum"), ("no settings", FileNotFoundError, "config.json"),
     ("no object", UsageError, "config.json"), ("base", CheckpointError, "state.safetensors"),
-    ("other base", CheckpointError, "is not the base"), ("adapter", UsageError, "any stage")])
+    ("other base", CheckpointError, "is not the base"), ("adapter", UsageError, "any stage"),
+    ("edited", UsageError, "is not what the run wrote"), ("tokens", UsageError, "<a_3>"), ("no tokens", FileNotFoundError, "tokens.json")])
 def test_what_is_not_the_run_any_more_is_refused(runs, tmp_path, how, kind, word):
     """Other data, unknown settings, a damaged base, no adapter: three lines, never another model's numbers."""
     shutil.copytree(runs["tiny"], tmp_path / "run")
@@ -179,8 +187,8 @@ def test_the_merged_weights_are_plain(opened, tmp_path):
     assert len(modes) == 1, modes
 
 
-def test_the_exported_tokenizer_knows_every_code(opened, tmp_path):
-    """Every code is one token at the id that was trained, adjacent codes come apart, and the whole prompt as one text
+def test_the_exported_tokenizer_knows_every_code(opened, runs, tmp_path):
+    """Every code is one token at the id that was trained and written down, adjacent codes come apart, and the whole prompt as one text
     is the template's own ids."""
     from transformers import AutoTokenizer
     ours = opened("llama")
@@ -188,6 +196,7 @@ def test_the_exported_tokenizer_knows_every_code(opened, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     first, n_codes = ours.template.first_token, ours.ids.n_codes
     names = [f"<{'abcd'[level]}_{code}>" for level in range(ours.ids.codes.shape[1]) for code in range(n_codes)]
+    assert json.loads((runs["llama"] / "tokens.json").read_text()) == dict(zip(names, range(first, first + len(names))))
     assert tokenizer.convert_tokens_to_ids(names) == list(range(first, first + len(names)))
     assert tokenizer("".join(names[::-1]), add_special_tokens=False).input_ids == list(range(first, first + len(names)))[::-1]
     history = [3, 0, 3, 7]

@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 import train
-from minipeso import checkpoint, continual, disk, keeper, report, signals
+from minipeso import checkpoint, continual, disk, keeper, prepare, report, rqvae, signals
 from minipeso.guard import guard
 from minipeso.disk import CheckpointError
 from tests.killer import content
 from tests.micro import MICRO, flags, micro, run
+from tests.micro import checkpoint as llama
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -132,6 +133,33 @@ def test_every_step_of_every_kind_of_method_can_be_gone_on_from(tmp_path, monkey
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("base", ["tiny", "llama"])
+def test_every_epoch_of_the_rqvae_can_be_gone_on_from(base, tmp_path, monkeypatch):
+    """Killed after each epoch, every one saved: the same IDs; of a Llama's texts every item is embedded once."""
+    changes = dict(rqvae_epochs=8, compare="", method="pretrain")
+    if base == "llama":
+        changes |= dict(base=str(llama(tmp_path / "llama")), prompt="paper", layers=0, text_width=0)
+    run(micro(tmp_path / "whole", **changes))
+    monkeypatch.setattr(keeper, "SHARE", float("inf"))
+    save, saved, embedded, vectors = keeper.Keeper.save, [], [], prepare.item_vectors
+
+    def dies(self, at):
+        save(self, at)
+        if self.phase == "semantic-ids" and at.step not in saved:
+            saved.append(at.step)
+            raise Killed
+    monkeypatch.setattr(keeper.Keeper, "save", dies)
+    monkeypatch.setattr(prepare, "item_vectors", lambda *args: (embedded.append(1), vectors(*args))[1])
+    for attempt in range(20):
+        with contextlib.suppress(Killed):
+            run(micro(tmp_path / "run", resume=True, **changes))
+            break
+    assert saved == list(range(1, 9)) and len(embedded) == (9 if base == "tiny" else 1), (saved, embedded)
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+    left = {p.name.partition(".")[0] for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert "semantic-ids" in left and "item-vectors" not in left, left
+
+
 CALLS = ("os.fsync", "os.rename", "os.replace", "shutil.rmtree")
 
 
@@ -219,6 +247,24 @@ def test_a_signal_saves_first(signum, code, tmp_path):
     saved = keeper.numbered(tmp_path / "run" / "checkpoints", "first.step-")
     facts = checkpoint.read(saved[-1])[1]
     assert facts["step"] > 0 and not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_a_signal_in_the_rqvae_saves_first(whole, tmp_path, monkeypatch):
+    """The epoch is finished and saved though no save was due, and the IDs go on from there."""
+    monkeypatch.setattr(keeper.Keeper, "due", float("inf"))
+    loss, asked = rqvae.RQVAE.loss, []
+
+    def told(self, *args, **how):
+        asked.append(1)
+        if len(asked) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *args, **how)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(rqvae.RQVAE, "loss", told)
+        run(micro(tmp_path))
+    assert left.value.code == 143 and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["semantic-ids.step-1"]
+    run(micro(tmp_path, resume=True))
+    assert content(tmp_path) == content(whole)
 
 
 def test_a_second_signal_leaves_at_once(monkeypatch):

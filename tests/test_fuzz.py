@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gzip
 import io
 import json
 import random
@@ -10,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minipeso import prepare, report
 from minipeso.checkpoint import CheckpointError, read
 from minipeso.guard import EXIT_CODES
 from minipeso.hub import load_llama
 from minipeso.lora import adapters, inject, load_peft, save_peft
+from minipeso.reopen import reopen
 from minipeso.semantic_ids import SemanticIDs
 from tests.killer import content
 from tests.micro import checkpoint, micro, run, shared_ids
@@ -113,17 +117,39 @@ def data_of(folder: Path) -> list:
     return [prepare.fingerprint(data.stages), data.keys, data.texts]
 
 
-@pytest.mark.parametrize("name", ["Demo.jsonl", "meta_Demo.jsonl"])
+def in_the_form_of(world: Path, name: str) -> None:
+    """The demo's reviews as that file: the Hub's CSV, packed or not."""
+    rows = (world / "Demo.jsonl").read_bytes()
+    if ".csv" in name:
+        found = [json.loads(line) for line in rows.splitlines()]
+        rows = "\n".join(["user_id,parent_asin,rating,timestamp", *(
+            f"{r['user_id']},{r['parent_asin']},{r['rating']},{r['timestamp']}" for r in found), ""]).encode()
+    if not name.startswith("meta"):
+        (world / "Demo.jsonl").unlink()
+        (world / name).write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)
+
+
+@pytest.mark.parametrize("name", ["Demo.jsonl.gz", "Demo.csv.gz"])
+def test_packed_reviews(name, made, tmp_path):
+    """A damaged gzip file is the same data, or is refused: its checksum tells."""
+    world = shutil.copytree(made / "world", tmp_path / "world")
+    in_the_form_of(world, name)
+    outcomes = fuzzed(world / name, lambda: data_of(world), data_of(world), 60)
+    assert outcomes["told"] > 40 and not outcomes["other"], outcomes
+
+
+@pytest.mark.parametrize("name", ["Demo.jsonl", "Demo.csv", "meta_Demo.jsonl"])
 def test_reviews_and_metadata(name, made, tmp_path):
     """A damaged file of rows ends as stages or in a message; rows that cannot be read are counted, and those that can
     are another valid file. What shuffling its lines leaves is the same."""
     world = shutil.copytree(made / "world", tmp_path / "world")
+    in_the_form_of(world, name)
     outcomes = fuzzed(world / name, lambda: data_of(world), data_of(world), 60, silent=lambda data: True)
     assert outcomes["told"] > 5 and outcomes["harmless"] > 3, outcomes
-    rows = (world / name).read_bytes().splitlines(keepends=True)
+    head, *rows = (world / name).read_bytes().splitlines(keepends=True)
     clean = data_of(world)
     random.Random(1).shuffle(rows)
-    (world / name).write_bytes(b"".join(rows))
+    (world / name).write_bytes(head + b"".join(rows))
     assert data_of(world) == clean
 
 
@@ -158,9 +184,51 @@ def test_a_llama_folder(name, tmp_path):
     assert outcomes["told"] > 60, outcomes
 
 
+def test_an_index_of_shards(tmp_path):
+    """Another index is refused, or names the same files: the tensors are found in them whatever it says of each."""
+    folder = checkpoint(tmp_path / "llama")
+    shard = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / shard)
+    names = load_file(folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}))
+
+    def look():
+        return {name: p.tolist() for name, p in load_llama(folder).named_parameters()}
+    outcomes = fuzzed(folder / "model.safetensors.index.json", look, look(), 100)
+    assert outcomes["told"] > 30 and not outcomes["other"], outcomes
+
+
+def test_a_tokenizer(tmp_path):
+    """What is no tokenizer of this checkpoint is refused; one with other words of the same number is another valid file."""
+    cfg = micro(tmp_path / "run", base=str(checkpoint(tmp_path / "llama")), prompt="paper", codes=8)
+    ids = SemanticIDs(torch.tensor([[0, 1], [1, 7]]), 8)
+
+    def look():
+        template = prepare.make_template(cfg, ids, prepare.load_tokenizer(cfg))
+        return template.prompt([0, 1]).tolist()
+    outcomes = fuzzed(tmp_path / "llama" / "tokenizer.json", look, look(), 150, silent=lambda data: True)
+    assert outcomes["told"] > 60, outcomes
+
+
+@pytest.mark.parametrize("name", ["config.json", "semantic_ids.json", "tokens.json", "world/Demo.jsonl", "world/meta_Demo.jsonl",
+                                  "adapters/stage-3/adapter_model.safetensors", "adapters/stage-3/adapter_config.json",
+                                  "adapters/stage-3/manifest.json", "checkpoints/base/state.safetensors"])
+def test_a_run_opened_again(name, made, tmp_path):
+    """The model, its items and its tokens are the run's, or it is not opened: nothing in between."""
+    out = shutil.copytree(made, tmp_path / "run")
+    free = ("out", "device", "threads", "eval_batch", "resume", "dry_run", "explain", "debug")
+
+    def look():
+        run = reopen(out)
+        settings = {k: v for k, v in dataclasses.asdict(run.cfg).items() if k not in free}
+        return settings, run.ids.codes.tolist(), run.template.items.tolist(), run.stage, next(adapters(run.model))[1].A.tolist()
+    outcomes = fuzzed(out / name, look, look(), 100)
+    assert outcomes["told"] > 60 and not outcomes["other"], outcomes
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_an_adapter(name, tmp_path):
-    """Every key, shape, scale and finite number is held against the model."""
+    """Every key, shape, scale and finite number is held against the model; that of a run has hashes besides (above)."""
     base = checkpoint(tmp_path / "llama")
     model = load_llama(base)
     inject(model, 2, 4.0)

@@ -87,7 +87,7 @@ def test_two_processes_go_on_from_a_finished_phase(both):
 def test_a_failure_is_told_and_ends_all(tmp_path):
     """Bad input ends every process, with the three lines and torchrun's own exit code."""
     done = together(2, tmp_path, "--dataset", "nowhere")
-    assert done.returncode and "error: no such file or folder\nnowhere\n" in done.stderr, done.stderr
+    assert done.returncode and "error: unknown dataset\nfound 'nowhere'" in done.stderr, done.stderr
 
 
 def test_alone_nothing_changes():

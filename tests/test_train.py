@@ -58,8 +58,8 @@ def runs(tmp_path_factory) -> dict[str, tuple[Path, str]]:
 
 def test_the_run_folder(runs):
     """What a run leaves is exactly this, and no unfinished file."""
-    adapter = {"adapter_config.json", "adapter_model.safetensors"}
-    expected = {"config.json", "stats.md", "semantic_ids.json", "metrics.jsonl", "results.json", "ranks.json",
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+    expected = {"config.json", "stats.md", "semantic_ids.json", "tokens.json", "metrics.jsonl", "results.json", "ranks.json",
                 "world/Demo.jsonl", "world/meta_Demo.jsonl", "single/results.json", "single/ranks.json"}
     expected |= {f"adapters/stage-{t}/{file}" for t in (1, 2, 3) for file in adapter}
     expected |= {f"single/adapters/stage-{t}/{file}" for t in (2, 3) for file in adapter}
@@ -106,7 +106,7 @@ def test_results_hold_what_the_design_says(runs):
         assert row["ndcg@10"] == pytest.approx(gains.sum().item() / len(ranks[t]), abs=1e-6)
     assert result["config"]["method"] == "peso" and report.load(out / "single")[0]["config"]["method"] == "single"
     config = json.loads((out / "config.json").read_text())
-    assert {k: v for k, v in config.items() if k not in ("versions", "data", "items")} == result["config"]
+    assert {k: v for k, v in config.items() if k not in ("versions", "hashes")} == result["config"]
     assert config["versions"]["torch"] == importlib.metadata.version("torch") and min(result["seconds"].values()) >= 0
 
 
