@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGES = {"torch": "2.6", "numpy": "1.26", "safetensors": "0.5", "huggingface-hub": "0.30", "tokenizers": "0.21"}
+PACKAGES = {"torch": "2.6", "numpy": "1.26", "safetensors": "0.5", "huggingface-hub": "0.34", "tokenizers": "0.21"}
 PAPER = "instruments", "meta-llama/Llama-3.2-1B"
 DEMO_BYTES = 50 * 10**6  # a demo's run folder is a tenth of it
 DEMO_MEMORY = 10**9  # its peak, about

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
-                                    OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError)
+from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+                                    RepositoryNotFoundError, RevisionNotFoundError)
 from tqdm import tqdm
 
 REVIEWS = "McAuley-Lab/Amazon-Reviews-2023"
@@ -138,9 +138,9 @@ def _try(name: str, where: dict, request: Callable):
     except OfflineModeIsEnabled as error:
         raise HubError(f"{repo}: {name} is not in the cache, and HF_HUB_OFFLINE forbids to ask for it\n"
                        f"the cache is {constants.HF_HUB_CACHE}\nunset HF_HUB_OFFLINE, or pass a folder") from error
-    except HfHubHTTPError as error:
-        raise HubError(_refused(repo, name, error)) from error
-    except Exception as error:  # the transport's own classes: no name, no route, timed out, cut off
+    except Exception as error:  # of the Hub's, or the transport's own classes: no name, no route, timed out, cut off
+        if getattr(error, "response", None) is not None:
+            raise HubError(_refused(repo, name, error.response.status_code)) from error
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the network's
             raise HubError(f"{repo}: {name} cannot be stored\n{_plain(error)}\n"
                            f"{constants.HF_HUB_CACHE} must be writable and have room, or set HF_HOME to a folder that is") from error
@@ -157,8 +157,7 @@ def _gated(repo: str, error: GatedRepoError) -> str:
             f"login` or HF_TOKEN, and run again{other}")
 
 
-def _refused(repo: str, name: str, error: HfHubHTTPError) -> str:
-    status = error.response.status_code
+def _refused(repo: str, name: str, status: int) -> str:
     remedy = {401: "your token is not valid: `hf auth login`, or unset HF_TOKEN", 403: "your token may not read it",
               429: "too many requests: wait some minutes, or log in"}.get(status, "the server's fault: try again later")
     return f"the Hub refused {repo}: {name}\nHTTP {status}\n{remedy}"

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-import tomllib
 from collections import namedtuple
 from pathlib import Path
 
@@ -66,8 +65,8 @@ def test_the_gate_is_tried(tmp_path, fault, token, words):
 
 def test_the_packages_are_those_of_the_project(monkeypatch):
     """The doctor's list is pyproject.toml's."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in project["dependencies"])
+    needed = re.search(r"\ndependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)[1]
+    wanted = dict(re.findall(r'"([\w-]+)>=([\d.]+)', needed))
     assert doctor.PACKAGES == wanted
 
 
