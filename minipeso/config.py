@@ -24,12 +24,12 @@ CHOICES = {
 LARGEST = 2**31 - 1
 BOUNDS = {  # of a number; all others lie from 0 to LARGEST, or 1e30 if they need not be whole
     **dict.fromkeys(("window", "levels", "latent", "rank", "epochs", "batch", "base_batch", "beams", "eval_batch", "tower_width",
-                     "tower_negatives", "tower_batch", "tower_epochs", "tower_patience", "tower_neighbours", "tower_clusters",
+                     "tower_negatives", "tower_batch", "tower_epochs", "tower_patience", "tower_neighbours",
                      "world_users", "world_items"), (1, LARGEST)),
     **dict.fromkeys(("alpha", "init", "clip", "temperature", "tower_tau", "tower_init"), (1e-6, 1e6)),
     **dict.fromkeys(("warmup", "tower_share", "evo_layers", "evo_forget", "world_alpha"), (0, 1)),
     "stages": (2, LARGEST), "min_events": (3, LARGEST), "codes": (2, LARGEST), "base_share": (1e-6, 1), "first": (1e-6, 0.999999),
-    "dropout": (0, 0.99), "threads": (0, 4096),
+    "dropout": (0, 0.99), "threads": (0, 4096), "tower_clusters": (1, 65536),
 }
 
 

@@ -44,7 +44,7 @@ def _three_lines(error: Exception) -> str:
         first = str(error).splitlines()[0]
         return f"not enough memory on the GPU\n{first}\nlower --batch or --eval-batch; --resume goes on with the latter"
     if isinstance(error, (MemoryError, RuntimeError)):
-        return (f"not enough memory\n{str(error).splitlines()[0][-150:]}\nlower --batch, --eval-batch, --beams or --users, or use "
+        return (f"not enough memory\n{(str(error) or repr(error)).splitlines()[0][-150:]}\nlower --batch, --eval-batch, --beams or --users, or use "
                 "a smaller --base")
     if isinstance(error, OSError) and error.errno:
         return f"the system refused to open, read or write\n{error}\ncheck the path, its permissions and the space"

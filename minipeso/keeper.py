@@ -54,10 +54,10 @@ class Keeper:
         signals.leave()
 
     def save(self, at: Progress) -> None:
-        """If it is due, or the process is about to end. With several processes only finished phases are
-        kept: each has a random state of its own."""
+        """If it is due, or the process is about to end. What several processes do together is kept when it is
+        finished: each has a random state of its own."""
         began = time.monotonic()
-        if self.folder is None or parallel.size() > 1 or began < Keeper.due and not signals.Request.signum:
+        if self.folder is None or parallel.size() > 1 and at.generator is None or began < Keeper.due and not signals.Request.signum:
             return
         self.write(f"{self.phase}.step-{at.step}", *at.packed())
         for old in self.states()[:-KEPT]:

@@ -356,7 +356,7 @@ def test_every_number_runs_or_is_told(name, tmp_path, capsys, monkeypatch):
     settings = MICRO | dict(compare="", method=system, tower_epochs=2, filter_epochs=1)
     low, high = config.BOUNDS.get(name, (0, 1e30))
     endless = ("epochs", "base_epochs", "rqvae_epochs", "tower_epochs", "filter_epochs", "tower_patience", "layers", "levels",
-               "tower_layers", "stages", "tower_negatives", "world_users", "world_items", "tower_neighbours", "threads")
+               "tower_layers", "stages", "tower_negatives", "world_users", "world_items", "tower_neighbours", "threads", "tower_clusters")
     kind = type(getattr(Config, name))
     for value in {low, *(() if name in endless else (min(high, 10**9),)), *((0.5 * low, 1e-3, 1e6) if kind is float else (2, 3))}:
         out = tmp_path / f"{value}"
