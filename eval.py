@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 from functools import partial
 from pathlib import Path
 
-from minipeso import parallel, report
+from minipeso import disk, parallel, report
 from minipeso.config import UsageError
 from minipeso.guard import guard
 from minipeso.export import export_merged, export_peft
@@ -87,12 +88,13 @@ def collect(folders: list[Path]) -> dict[str, tuple[dict, dict]]:
 
 def write_csv(path: Path, runs: dict[str, dict]) -> None:
     """One row a method and stage (or average)."""
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["run", "stage", *report.METRICS, "se_hit@10"])
-        for name, run in runs.items():
-            for stage, row in [*run["stages"].items(), *run["average"].items()]:
-                table.writerow([name, stage, *(row[metric] for metric in report.METRICS), row["se_hit@10"]])
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["run", "stage", *report.METRICS, "se_hit@10"])
+    for name, run in runs.items():
+        for stage, row in [*run["stages"].items(), *run["average"].items()]:
+            table.writerow([name, stage, *(row[metric] for metric in report.METRICS), row["se_hit@10"]])
+    disk.write_file(path, text.getvalue())
 
 
 def plot(path: Path, runs: dict[str, dict]) -> None:

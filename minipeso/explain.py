@@ -11,7 +11,7 @@ from minipeso.beam import beam_search
 from minipeso.config import Config, category_of
 from minipeso.download import REVIEWS, cached, reviews_files
 from minipeso.evaluate import Ranker
-from minipeso.hub import folder_at_hand, read_config
+from minipeso.hub import REPOSITORY, folder_at_hand, read_config
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.lora import adapter_parameters, inject
 from minipeso.objective import answer_loss
@@ -59,24 +59,21 @@ def dry_run(cfg: Config) -> None:
 
 
 def _files(cfg: Config) -> str:
-    lines = []
-    category = category_of(cfg.dataset)
+    category, lines, hub = category_of(cfg.dataset), [], []
     if category:
-        lines += [f"{REVIEWS}  {name}" for name in reviews_files(category)]
+        hub += [(REVIEWS, name, "dataset") for name in reviews_files(category)]
     elif cfg.dataset == "demo":
         lines.append(f"generated: {cfg.world_users} users, {cfg.world_items} items, alpha {cfg.world_alpha}")
     else:
         dataset_schema(cfg.dataset)  # says so if it is no data set
-        lines += [str(path) for path in sorted(Path(cfg.dataset).iterdir())]
+        lines += [f"{path}  {path.stat().st_size:,} bytes" for path in sorted(Path(cfg.dataset).iterdir())]
     if not prepare.from_scratch(cfg):
-        lines += [f"{cfg.base}  {name}" for name in ("config.json", "tokenizer.json", "model.safetensors")]
-    return "files:\n" + "\n".join(f"  {line}{_bytes(line)}" for line in lines)
-
-
-def _bytes(line: str) -> str:
-    path = Path(line)
-    size = path.stat().st_size if path.is_file() else HUB_BYTES.get(line.split("/")[-1].split()[-1])
-    return f"  {size:,} bytes" if size else ""
+        hub += [(cfg.base, name, "model") for name in ("config.json", "tokenizer.json", "model.safetensors")]
+    for repo, name, kind in hub:
+        here = cached(repo, name, kind) if REPOSITORY.fullmatch(repo) and not Path(repo).is_dir() else Path(repo, name)
+        size = here.stat().st_size if here and here.is_file() else HUB_BYTES.get(name.rpartition("/")[2], 0)
+        lines.append(f"{repo}  {name}" + f"  {size:,} bytes" * bool(size) + "  to fetch" * (here is None))
+    return "files:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _stage_sizes(cfg: Config) -> list[tuple[int, int]]:

@@ -88,8 +88,11 @@ def recommend(run: Reopened, name: str) -> str:
 def recommend_all(run: Reopened, path: Path, progress: Callable[[int], None] = lambda n: None) -> int:
     """One JSON line a user, as they are found; the file gets its name when it is whole. -> users"""
     known, part = histories(run), Path(f"{path}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        for answer in answers(run, known, progress):
-            file.write(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(part, path)
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            for answer in answers(run, known, progress):
+                file.write(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return len(known)

@@ -107,7 +107,7 @@ def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
         # semantic IDs: text -> vector -> RQ-VAE -> L codes an item
         model, tokenizer = prepare.load_model(cfg), prepare.load_tokenizer(cfg)
         if tokenizer and model.device.type == "cpu":
-            print(f"note: no GPU is used, and {cfg.base} is made for one; --base tiny is made for a CPU\n")
+            print(f"note: without a GPU {cfg.base} is slow; --base tiny is made for a CPU\n")
         journal = Journal(out / "metrics.jsonl", "")
         ids = semantic_ids(cfg, data, model, tokenizer, journal, tick is None)
     template = prepare.make_template(cfg, ids, tokenizer)
@@ -151,21 +151,22 @@ def semantic_ids(cfg: Config, data: prepare.Dataset, model: Llama, tokenizer: To
     vectors, ids = (Keeper(Path(cfg.out) / "checkpoints", phase, report.digest(cfg), journal)
                     for phase in ("item-vectors", "semantic-ids"))
     done = ids.finished()
-    if not done:
-        kept = vectors.finished()
-        x = kept[0]["vectors"] if kept else prepare.item_vectors(
-            cfg, data, model, tokenizer, counter("titles", len(data.texts), "item") if show else lambda n: None)
-        if not (kept or cfg.text_width):
-            vectors.finish({"vectors": x}, {})
+    if done:
+        disk.remove(vectors.folder / vectors.phase)
+        return SemanticIDs(done[0]["codes"], cfg.codes, done[1]["collisions_before"])
+    kept = vectors.finished()
+    x = kept[0]["vectors"] if kept else prepare.item_vectors(
+        cfg, data, model, tokenizer, counter("titles", len(data.texts), "item") if show else lambda n: None)
+    if not (kept or cfg.text_width):
+        vectors.finish({"vectors": x}, {})
 
-        def epochs(at: Progress, all_epochs: range) -> Iterator[int]:
-            left = ids.steps(ids.begin(at), all_epochs)
-            return tqdm(left, "RQ-VAE", len(all_epochs), False, initial=at.done, unit="epoch", disable=not show)
-        found = prepare.fit_ids(cfg, x, steps=epochs)
-        ids.finish({"codes": found.codes}, {"collisions_before": found.collisions_before})
-        done = ids.finished()
+    def epochs(at: Progress, all_epochs: range) -> Iterator[int]:
+        left = ids.steps(ids.begin(at), all_epochs)
+        return tqdm(left, "RQ-VAE", len(all_epochs), False, initial=at.done, unit="epoch", disable=not show)
+    found = prepare.fit_ids(cfg, x, steps=epochs)
+    ids.finish({"codes": found.codes}, {"collisions_before": found.collisions_before})
     disk.remove(vectors.folder / vectors.phase)
-    return SemanticIDs(done[0]["codes"], cfg.codes, done[1]["collisions_before"])
+    return found
 
 
 def learn_base(run: Run) -> None:

@@ -240,6 +240,7 @@ def test_a_part_of_the_log_softmax(at_once, first):
     torch.testing.assert_close(table.log_p(x, first, 5, at_once), want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6's FakeTensor cannot split an empty tensor")
 @pytest.mark.parametrize("head", [False, True])
 def test_no_value_is_waited_for(head):
     """Decoding runs to its end on tensors that have shapes and no values: nothing is read back from the device, so

@@ -315,6 +315,7 @@ def test_dry_run_asks_nobody(hub, tmp_path, dataset, base):
     """--dry-run of data and base that are not here: files and parameters, no request, nothing written, exit 0."""
     done = command(hub, tmp_path / "cache", tmp_path / "run", "--dataset", dataset, "--base", base, "--dry-run")
     assert done.returncode == 0 and f"{REVIEWS}  raw/meta_categories/meta_" in done.stdout, done.stderr
+    assert done.stdout.count("  to fetch") == 5
     assert "parameters: " in done.stdout and not hub.requests and not list(tmp_path.iterdir())
 
 
@@ -323,6 +324,7 @@ def test_dry_run_of_a_cached_base_has_its_shape(hub, first):
     done = command(hub, first[0], first[0].parent / "never", "--dry-run")
     total = sum(t.numel() for t in load_file(hub.root / BASE / "model.safetensors").values())
     found = int(re.search(r"parameters: ([\d,]+); adapter ([\d,]+)", done.stdout)[1].replace(",", ""))
+    assert "to fetch" not in done.stdout and "Table 4" not in done.stdout and "| D1 | " in done.stdout, done.stdout
     assert total < found < 2 * total and not hub.requests and not (first[0].parent / "never").exists()
 
 

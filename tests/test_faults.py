@@ -348,6 +348,19 @@ def test_a_finished_run_prints_its_results_and_does_nothing(whole):
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.is_file()} == before
 
 
+def test_the_seconds_are_those_that_passed(tmp_path):
+    """Nothing is counted twice, in a run from the start or in what is gone on with."""
+    began = time.monotonic()
+    run(micro(tmp_path))
+    first = time.monotonic() - began
+    seconds = json.loads((tmp_path / "results.json").read_text())["seconds"]
+    assert 0 < sum(seconds.values()) <= first, (seconds, first)
+    (tmp_path / "results.json").unlink()
+    run(micro(tmp_path, resume=True))
+    again = json.loads((tmp_path / "results.json").read_text())["seconds"]
+    assert sum(again.values()) <= time.monotonic() - began, (seconds, again)
+
+
 def test_nothing_to_go_on_from_is_a_fresh_start(whole, tmp_path):
     """--resume in an empty folder, so that one command line can be started again and again."""
     run(micro(tmp_path / "new", resume=True))

@@ -367,7 +367,8 @@ KEY = "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"
 def saved(tmp_path):
     """(folder, tensors, config) of an intact adapter, on disk."""
     save_peft(adapted(dtype=torch.float32), tmp_path)
-    return (tmp_path, load_file(tmp_path / "adapter_model.safetensors"),
+    tensors = load_file(tmp_path / "adapter_model.safetensors")  # which may be views of the file, until it is written anew
+    return (tmp_path, {name: t.clone() for name, t in tensors.items()},
             json.loads((tmp_path / "adapter_config.json").read_text()))
 
 

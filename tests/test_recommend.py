@@ -100,6 +100,15 @@ def test_all_users_stream_one_line_each(runs, tmp_path, capsys, monkeypatch):
             assert f"{row['id']}  {row['title']}" in shown and JAPANESE in row["title"]
 
 
+def test_what_breaks_off_leaves_no_file(runs, tmp_path):
+    """Neither half a file under the name nor an unfinished one beside it."""
+    def breaks(n):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError):
+        recommend_all(reopen(runs["reviews"]), tmp_path / "all.jsonl", breaks)
+    assert not list(tmp_path.iterdir())
+
+
 def test_batches_do_not_change_the_answers(runs, tmp_path):
     """One user at a time, or all at once: the same items."""
     ours = reopen(runs["reviews"])
