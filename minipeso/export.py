@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minipeso import prepare
 from minipeso.config import Config, UsageError
+from minipeso.download import PINNED
 from minipeso.hub import checkpoint_folder
 from minipeso.llama import Llama
 from minipeso.lora import adapters
@@ -81,7 +82,9 @@ def export_peft(run: Reopened, source: Path, target: Path) -> None:
     def write(folder: Path) -> None:
         for path in sorted(adapter_folder(source, run.stage)[0].iterdir()):
             shutil.copyfile(path, folder / path.name)
-        where = 'f"{folder}/base"' if scratch else repr(run.cfg.base)
+        pinned = f', revision="{PINNED[run.cfg.base]}"' if run.cfg.base in PINNED else ""
+        dtype = str(run.model.model.norm.weight.dtype).removeprefix("torch.")  # transformers would take the file's
+        where = 'f"{folder}/base"' if scratch else f'"{run.cfg.base}"{pinned}, dtype="{dtype}"'
         text = ADAPT.format(**_facts(run), where=where, first=run.template.first_token, codes=run.template.n_codes)
         _say(folder, run.cfg, text)
         if scratch:
