@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from tqdm import tqdm
+
+from minipeso import parallel
+
 MAX_BAD = 0.01                       # share of unreadable rows above which a file is refused
 YEAR_2100 = 4_102_444_800_000        # ms
 SECONDS_RANGE = (10**8, 10**10)      # 1973 .. 2286 in seconds; read as ms: the spring of 1970
@@ -50,10 +54,32 @@ class Tally:
                              "repair the file or fetch it again")
 
 
+class Counted(io.RawIOBase):
+    """A file whose reader's way through it a bar shows."""
+
+    def __init__(self, path: Path):
+        self.raw = open(path, "rb", buffering=0)
+        self.bar = tqdm(total=path.stat().st_size, desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False, delay=2,
+                        disable=parallel.rank() > 0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        n = self.raw.readinto(buffer)
+        self.bar.update(n)
+        return n
+
+    def close(self) -> None:
+        self.bar.close()
+        self.raw.close()
+        super().close()
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked; gzip is told by content, not by name."""
-    with open(path, "rb") as raw:
+    with io.BufferedReader(Counted(path), 1 << 20) as raw:
         packed = raw.peek(2)[:2] == b"\x1f\x8b"
         try:
             yield gzip.GzipFile(fileobj=raw) if packed else raw
