@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,21 @@ def test_every_file_says_what_it_is(module):
     assert ast.get_docstring(ast.parse(source)), f"{name} has no docstring"
     for relic in ("TODO", "FIXME", "XXX", "strict=False", "breakpoint(", "/home/", "/root/", "/work/"):
         assert relic not in source, f"{name} has {relic!r}"
+
+
+def test_the_readme_names_what_there_is():
+    """Every test, test file, module and function that the README names in its tables exists; a * stands for an ending."""
+    words = re.findall(r"`([\w.*/]+)`", (ROOT / "README.md").read_text())
+    sources = {path.name: path.read_text() for path in [*(ROOT / "tests").glob("test_*.py"), *FILES.values(), *SCRIPTS.values()]}
+    tests = {name for source in sources.values() for name in re.findall(r"def (test_\w+)", source)}
+    for word in words:
+        module, _, name = word.partition(".")
+        if word.startswith("test_") and not word.endswith(".py"):
+            assert any(test.startswith(word.rstrip("*")) if "*" in word else test == word for test in tests), word
+        elif word.endswith(".py") and "*" not in word:
+            assert (ROOT / "minipeso" / word).exists() or (ROOT / "tests" / word).exists() or (ROOT / word).exists(), word
+        elif module in FILES and name:
+            assert re.search(rf"^ *(def|class) {name}\b", FILES[module].read_text(), re.M), word
 
 
 def test_every_module_imports_without_a_warning():
