@@ -73,12 +73,14 @@ class Ranker:
 
 def reference_hits(stages: list[Stage], known: list[list[int]], top: int = 10) -> dict[str, dict]:
     """Per stage, Hit@10 of two recommenders that know no user: ten items at random among the known
-    ones, and the ten most taken in D_1 .. D_t, less each stage's validation and test items."""
+    ones, and the ten most taken in D_1 .. D_t, less each stage's validation and test items; and the share of
+    targets that are cold, for nobody takes them in what can be learnt."""
     counts, found = Counter(), {}
     for stage, items in zip(stages, known, strict=True):
         counts.update(i for taken in stage.current.values() for i in taken[:-2])
         best = set(sorted(counts, key=lambda i: (-counts[i], i))[:top])
         targets = [taken[-1] for taken in stage.current.values()]
-        popular = sum(t in best for t in targets) / len(targets) if targets else None
-        found[str(stage.number)] = {"random": min(1.0, top / len(items)), "popularity": popular}
+        popular, cold = (sum(map(test, targets)) / len(targets) if targets else None
+                         for test in (best.__contains__, lambda t: not counts[t]))
+        found[str(stage.number)] = {"random": min(1.0, top / len(items)), "popularity": popular, "cold": cold}
     return found

@@ -145,7 +145,7 @@ def load(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         ranks = {t: torch.tensor(r, dtype=torch.long) for t, r in ranks.items()}
         again = results(found["config"], ranks, found["references"], found["seconds"])
         wrong = [part for part in ("stages", "average") if not same(found[part], again[part])]
-        wrong += [f"stage {t} of references" for t in ranks if set(found["references"][t]) != {"random", "popularity"}]
+        wrong += [f"stage {t} of references" for t in ranks if set(found["references"][t]) != {"random", "popularity", "cold"}]
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         wrong = [f"{type(error).__name__}: {error}"]
     if wrong:
@@ -172,12 +172,14 @@ def tables(runs: dict[str, dict], ranks: dict[str, dict[str, Tensor]]) -> str:
 
 
 def stage_table(runs: dict[str, dict]) -> str:
-    """Hit@10 per stage, each with its standard error over users; random and popularity beside it."""
+    """Hit@10 per stage, each with its standard error over users; random and popularity beside it,
+    and the share of test items that nobody takes in what can be learnt."""
     first = next(iter(runs.values()))
     stages, references = first["stages"], first["references"]
     table = [["Hit@10 ± s.e.", *(f"D{t}" for t in stages)],
              ["test users", *(f"{row['users']:,}" for row in stages.values())]]
-    table += [[name, *(_number(references[t][name]) for t in stages)] for name in ("random", "popularity")]
+    table += [[name, *(_number(references[t][key]) for t in stages)]
+              for key, name in (("cold", "their items cold"), ("random", "random"), ("popularity", "popularity"))]
     table += [[name, *(f"{_number(row['hit@10'])} ± {_number(row['se_hit@10'])}" for row in run["stages"].values())]
               for name, run in runs.items()]
     return markdown(table)

@@ -116,14 +116,15 @@ def test_dropout_is_off_while_ranking():
 
 def test_reference_hits_by_hand():
     """Random: top / known items. Popularity: the most taken of D_1 .. D_t without any stage's last two items
-    of a user, ties to the lower number; the target is the last item. An empty stage has none."""
+    of a user, ties to the lower number; the target is the last item, cold if it is not counted. An empty stage has none."""
     first = Stage(1, {1: [], 2: [], 3: []}, {1: [0, 0, 1, 4, 1], 2: [1, 0, 5, 0], 3: [4, 4, 4, 6, 3]})
     # D_1 without the last two of each: 0 three times, 4 three times, 1 twice
     second = Stage(2, {4: [], 5: []}, {4: [1, 1, 7, 9, 1], 5: [7, 8, 9]})  # adds 1 twice, 7 twice: 1 leads with four
     stages, known = [first, second, Stage(3, {}, {})], [list(range(7)), list(range(10)), list(range(10))]
     assert reference_hits(stages, known, top=1) == {
-        "1": {"random": 1 / 7, "popularity": 1 / 3}, "2": {"random": 1 / 10, "popularity": 1 / 2},
-        "3": {"random": 1 / 10, "popularity": None}}
-    assert reference_hits(stages, known, top=2)["1"] == {"random": 2 / 7, "popularity": 1 / 3}
+        "1": {"random": 1 / 7, "popularity": 1 / 3, "cold": 1 / 3},  # 3
+        "2": {"random": 1 / 10, "popularity": 1 / 2, "cold": 1 / 2},  # 9
+        "3": {"random": 1 / 10, "popularity": None, "cold": None}}
+    assert reference_hits(stages, known, top=2)["1"] == {"random": 2 / 7, "popularity": 1 / 3, "cold": 1 / 3}
     assert reference_hits(stages, known, top=3)["1"]["popularity"] == 2 / 3, "0, 4 and 1"
     assert reference_hits(stages, known, top=10)["1"]["random"] == 1.0, "ten draws cannot miss one of seven"

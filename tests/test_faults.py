@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import train
 from minipeso import checkpoint, continual, disk, keeper, prepare, report, rqvae, signals
 from minipeso.guard import guard
+from minipeso.reopen import reopen
 from minipeso.disk import CheckpointError
 from tests.killer import content
 from tests.micro import MICRO, flags, micro, run
@@ -326,6 +328,30 @@ def test_other_data_or_texts_are_refused(tmp_path, capsys, monkeypatch):
     (world / "Demo.jsonl").write_text("".join(rows[:-3]))
     code, message = fails(lambda: run(micro(tmp_path / "run", **settings)), capsys, monkeypatch)
     assert code == 2 and "data has another hash" in message[1], message
+
+
+def test_another_base_is_refused(tmp_path, capsys, monkeypatch):
+    """One weight of the checkpoint is another: neither is the run gone on with nor opened again."""
+    base = llama(tmp_path / "llama")
+    settings = dict(base=str(base), prompt="paper", layers=0, text_width=0, compare="", resume=True)
+    run(micro(tmp_path / "run", **settings))
+    reopen(tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    flip(base / "model.safetensors")
+    code, message = fails(lambda: run(micro(tmp_path / "run", **settings)), capsys, monkeypatch)
+    assert code == 2 and "the base's files have another hash" in message[1], message
+    code, message = fails(lambda: reopen(tmp_path / "run"), capsys, monkeypatch)
+    assert code == 2 and "the base's files have the hash" in message[1], message
+
+
+def test_the_demo_needs_no_network(tmp_path, monkeypatch):
+    """Not a socket is made."""
+    def no_network(*args, **kwargs):
+        raise AssertionError("the network was touched")
+    monkeypatch.setattr(socket, "socket", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    run(micro(tmp_path))
+    reopen(tmp_path)
 
 
 def test_one_process_a_folder(tmp_path, capsys, monkeypatch):

@@ -14,7 +14,7 @@ from minipeso.metrics import hits
 
 RANKS = {t: torch.tensor(r) for t, r in {
     "1": [1, 1, 0, 0], "2": [1, 0, 3, 0], "3": [6, 0], "4": [0, 0, 0, 2, 11], "5": [10]}.items()}
-REFERENCES = {t: {"random": 0.125, "popularity": 0.25} for t in RANKS}
+REFERENCES = {t: {"random": 0.125, "popularity": 0.25, "cold": 0.5} for t in RANKS}
 
 
 def run(ranks=RANKS, **config) -> dict:
