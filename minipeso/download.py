@@ -24,6 +24,9 @@ REVIEWS = "McAuley-Lab/Amazon-Reviews-2023"
 PINNED = {  # repository -> revision: what is downloaded today is downloaded tomorrow
     "meta-llama/Llama-3.2-1B": "4e20de362430cd3b72f300e6b0f18e50e7166e08",
     "unsloth/Llama-3.2-1B": "9535bd9b1d1dea6acafbdc4813b728796aeb28da",
+    "meta-llama/Llama-3.2-3B": "13afe5124825b4f3751f836b40dafda64c1ed062",
+    "unsloth/Llama-3.2-3B": "d4446454d87d51aa42e1fb174f25acc5f8762331",
+    "meta-llama/Llama-3.2-1B-Instruct": "9213176726f574b556790deb65791e0c5aa438b6",
     REVIEWS: "2b6d039ed471f2ba5fd2acb718bf33b0a7e5598e",
 }
 UNGATED = {f"meta-llama/Llama-3.2-{size}": f"unsloth/Llama-3.2-{size}" for size in ("1B", "3B", "1B-Instruct")}

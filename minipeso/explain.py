@@ -26,6 +26,9 @@ LLAMA_1B = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num
                 rope_theta=500000.0, tie_word_embeddings=True, rope_scaling=dict(
                     rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
                     original_max_position_embeddings=8192))
+SHAPES = {"Llama-3.2-1B": LLAMA_1B,
+          "Llama-3.2-3B": LLAMA_1B | dict(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, head_dim=128)}
+WEIGHTS = {"Llama-3.2-3B": ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")}
 TABLE_4 = {  # (users, interactions) of D1 .. D5
     "Musical_Instruments": ((17046, 141788), (1772, 13197), (1821, 13334), (2289, 18811), (2238, 17573)),
     "Movies_and_TV": ((17928, 190411), (1866, 17665), (2106, 19874), (2284, 22929), (2332, 22225)),
@@ -33,7 +36,8 @@ TABLE_4 = {  # (users, interactions) of D1 .. D5
 }
 HUB_BYTES = {  # measured on the Hub's pinned revisions
     "Musical_Instruments.csv": 172_583_864, "meta_Musical_Instruments.jsonl": 631_877_970,
-    "model.safetensors": 2_471_645_608, "tokenizer.json": 9_085_657,
+    "model.safetensors": 2_471_645_608, "tokenizer.json": 9_085_657, "model.safetensors.index.json": 20_919,
+    "model-00001-of-00002.safetensors": 4_965_799_096, "model-00002-of-00002.safetensors": 1_459_729_952,
 }
 
 
@@ -68,7 +72,8 @@ def _files(cfg: Config) -> str:
         dataset_schema(cfg.dataset)  # says so if it is no data set
         lines += [f"{path}  {path.stat().st_size:,} bytes" for path in sorted(Path(cfg.dataset).iterdir())]
     if not prepare.from_scratch(cfg):
-        hub += [(cfg.base, name, "model") for name in ("config.json", "tokenizer.json", "model.safetensors")]
+        weights = WEIGHTS.get(cfg.base.rpartition("/")[2], ("model.safetensors",))
+        hub += [(cfg.base, name, "model") for name in ("config.json", "tokenizer.json", *weights)]
     for repo, name, kind in hub:
         here = cached(repo, name, kind) if REPOSITORY.fullmatch(repo) and not Path(repo).is_dir() else Path(repo, name)
         size = here.stat().st_size if here and here.is_file() else HUB_BYTES.get(name.rpartition("/")[2], 0)
@@ -101,12 +106,13 @@ def _stage_sizes(cfg: Config) -> list[tuple[int, int]]:
 def _meta_model(cfg: Config) -> Llama:
     """The model with its adapter on the meta device: shapes without storage."""
     scratch, folder = prepare.from_scratch(cfg), folder_at_hand(cfg.base)
-    if not (scratch or folder) and not cfg.base.endswith("Llama-3.2-1B"):
-        raise FileNotFoundError(f"the shape of {cfg.base} is not known here\nonly Llama-3.2-1B's is built in\n"
+    shape = SHAPES.get(cfg.base.rpartition("/")[2])
+    if not (scratch or folder or shape):
+        raise FileNotFoundError(f"the shape of {cfg.base} is not known here\nbuilt in are {', '.join(SHAPES)}\n"
                                 "pass --base a folder with its config.json")
     with torch.device("meta"):
         model = Llama(prepare.llama_config(cfg) if scratch else
-                      read_config(folder) if folder else LlamaConfig.from_dict(LLAMA_1B))
+                      read_config(folder) if folder else LlamaConfig.from_dict(shape))
         model.grow(cfg.levels * cfg.codes)
         inject(model, cfg.rank, cfg.alpha, cfg.dropout)
     return model

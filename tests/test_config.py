@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import socket
 import subprocess
@@ -289,6 +290,22 @@ def test_instruments_dry_run_is_the_papers_run(monkeypatch, tmp_path, capsys):
     for users, events in ((17_046, 141_788), (2_238, 17_573)):  # Table 4, D1 and D5
         assert f"{cfg.epochs * math.ceil((events - 2 * users) / cfg.batch):,}" in printed
     assert "Musical_Instruments" in printed and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("base, total, bytes_", [("unsloth/Llama-3.2-1B", 1_235_814_400, 2_471_645_608),
+                                                 ("meta-llama/Llama-3.2-3B", 3_212_749_824, 4_965_799_096 + 1_459_729_952)])
+def test_official_shapes_are_known(base, total, bytes_, monkeypatch, tmp_path, capsys):
+    """Parameters as on the model cards; the files are two bytes a parameter and headers under 64 KiB each."""
+    import train
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    cfg = from_args(["--dataset", "instruments", "--base", base, "--dry-run"])
+    train.main(cfg)
+    printed = capsys.readouterr().out
+    found = [int(n.replace(",", "")) for n in re.search(r"parameters: ([\d,]+); adapter ([\d,]+)", printed).groups()]
+    assert found[0] - found[1] - cfg.levels * cfg.codes * (2048 if "1B" in base else 3072) == total
+    sizes = [int(n.replace(",", "")) for n in re.findall(r"model[-\w]*\.safetensors  ([\d,]+) bytes", printed)]
+    assert sum(sizes) == bytes_ and 2 * total < bytes_ < 2 * total + 65536 * len(sizes), sizes
 
 
 def test_instruments_without_its_data_says_what_to_fetch(tmp_path, capsys, monkeypatch):
