@@ -99,6 +99,10 @@ def test_a_folder_or_a_disk_that_is_no_use(monkeypatch, capsys):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(10, 9, 10**6))
     assert doctor.main() == 5 and "the demo cannot run: disk here" in capsys.readouterr().out
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(10, 9, 10**9))
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    assert "the demo can run" in printed and "disk here" in printed[printed.index("the paper's run lacks"):]
     monkeypatch.setattr(doctor.os, "access", lambda path, how: False)
     assert doctor.main() == 5 and "cannot be written" in capsys.readouterr().out
 
