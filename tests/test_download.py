@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from minipeso.download import PINNED, REVIEWS, HubError, verify
+from minipeso.download import PINNED, REVIEWS, HubError, fetch_checkpoint, fetch_reviews, verify
 from minipeso.synthetic import write_world
 from minipeso.tokens import QUESTIONS, Template
 from tests.loopback import Hub
@@ -175,20 +175,25 @@ def test_what_stands_in_the_way_is_said(hub, tmp_path, fault, token, words):
     assert len(asked) <= 4 or waits, "silent retries"
 
 
-def test_a_file_that_is_damaged_later_is_told(hub, first, tmp_path):
+def test_a_file_that_is_damaged_later_is_told(first, tmp_path, monkeypatch):
     """Whatever was verified is looked at again when its size or time is another; a record that cannot be read is none."""
     cache = tmp_path / "cache"
     shutil.copytree(first[0], cache, symlinks=True)
     for record in cache.rglob("minipeso-verified.json"):
         record.write_text("[1, {")
-    assert command(hub, cache, tmp_path / "run").returncode == 0
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    fetch_checkpoint(BASE), fetch_reviews("Musical_Instruments")
     for name in ("model.safetensors", "tokenizer.json", "Musical_Instruments.csv"):
         blob = next(cache.rglob(name)).resolve()
         whole = blob.read_bytes()
         blob.write_bytes(whole[:-100])
-        failed(command(hub, cache, tmp_path / "run", HF_HUB_OFFLINE="1"), f"{name} is damaged", f"{len(whole) - 100:,} bytes",
-               str(blob))
+        with pytest.raises(HubError) as error:
+            fetch_checkpoint(BASE), fetch_reviews("Musical_Instruments")
+        text = str(error.value)
+        assert f"{name} is damaged" in text and f"{len(whole) - 100:,} bytes" in text and str(blob) in text, text
         blob.write_bytes(whole)
+    fetch_checkpoint(BASE), fetch_reviews("Musical_Instruments")
 
 
 def test_a_connection_that_breaks_off_is_taken_up_where_it_broke(hub, tmp_path):
