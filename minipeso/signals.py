@@ -42,6 +42,8 @@ def step() -> Iterator[None]:
 def leave() -> None:
     """Ends the process if a signal asked for it."""
     if Request.signum:
+        name = signal.Signals(Request.signum).name
+        os.write(2, f"\nstopped by {name}; the same command with --resume goes on\n".encode())  # print may be at work itself
         raise SystemExit(128 + Request.signum)
 
 

@@ -246,6 +246,7 @@ def test_a_signal_saves_first(signum, code, tmp_path):
     process.send_signal(signum)
     _, said = process.communicate(timeout=20)
     assert process.returncode == code and "Traceback" not in said, said
+    assert f"stopped by {signal.Signals(signum).name}; the same command with --resume goes on\n" in said, said
     saved = keeper.numbered(tmp_path / "run" / "checkpoints", "first.step-")
     facts = checkpoint.read(saved[-1])[1]
     assert facts["step"] > 0 and not (tmp_path / "run" / "run.lock").exists()
