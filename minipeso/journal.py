@@ -55,14 +55,14 @@ class Journal:
         if self.bar is None:
             self.bar = tqdm(total=record["steps"], desc=f"{self.name} D{record['stage']}", unit="step", leave=False,
                             initial=record["step"] - 1, disable=parallel.rank() > 0)
-            self.began, self.tokens = time.perf_counter(), 0
+            self.shown, self.tokens = time.perf_counter(), -record.get("tokens", 0)  # from the end of the first step on
         if record.get("last"):
             self.bar.close()
             self.bar = None
         elif "ce" in record:
             self.bar.update(record["step"] - self.bar.n)
             self.tokens += record["tokens"]
-            rate = self.tokens / (time.perf_counter() - self.began)
+            rate = self.tokens / (time.perf_counter() - self.shown)
             self.bar.set_postfix_str(f"ce {record['ce']:.3f}, prox {record['prox']:.1e}, prox/ce "
                                      f"{record['prox_ce_ratio']:.1e}, lr {record['lr']:.1e}, {rate:,.0f} tok/s", False)
 

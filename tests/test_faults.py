@@ -407,8 +407,9 @@ def test_checkpoints_are_kept_bounded(tmp_path, monkeypatch):
     assert max(most) == keeper.KEPT and len(most) > 10
     names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert names == {"semantic-ids", "base", "first", "peso-stage-4", "peso-stage-5"}
-    ranks = checkpoint.read(tmp_path / "checkpoints" / "peso-stage-5")[1]["ranks"]
-    assert ranks == json.loads((tmp_path / "ranks.json").read_text())
+    four, five = (checkpoint.read(tmp_path / "checkpoints" / f"peso-stage-{t}")[1] for t in (4, 5))
+    assert five["ranks"] == json.loads((tmp_path / "ranks.json").read_text())
+    assert 0 < four["seconds"] < five["seconds"], "a method's seconds are of all its stages"
 
 
 def test_saving_costs_little(monkeypatch, tmp_path):
