@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from minipeso import checkpoint, disk, prepare
 from minipeso.config import Config, UsageError
+from minipeso.download import content_hash
 from minipeso.llama import Llama
 from minipeso.lora import load_peft
 from minipeso.report import HASHES, digest
@@ -45,9 +46,8 @@ def reopen(folder: Path, stage: int = 0) -> Reopened:
             raise UsageError(f"what {folder} was made from is not there any more\n{HASHES[name]} the hash {now[:12]}, "
                              f"in {root / 'config.json'} {str(then.get(name))[:12]}\nbring it back, or run anew")
     ids = SemanticIDs.load(root / "semantic_ids.json", cfg.codes)
-    made = prepare.given_ids(cfg, data).codes if data.ids_file else checkpoint.read(root / "checkpoints" / "semantic-ids")[0]["codes"]
-    if not torch.equal(ids.codes, made):
-        raise UsageError(f"{root / 'semantic_ids.json'} is not what the run wrote\nthe run's own differ from it\n"
+    if content_hash(root / "semantic_ids.json") != then.get("ids"):
+        raise UsageError(f"{root / 'semantic_ids.json'} is not what the run wrote\nits hash is not that in config.json\n"
                          "bring it back, or run anew")
     tokenizer = prepare.load_tokenizer(cfg)
     template = prepare.make_template(cfg, ids, tokenizer)

@@ -73,6 +73,12 @@ def begin(out: Path, cfg: Config, hashes: dict[str, str]) -> None:
     disk.write_file(out / "metrics.jsonl", "")  # what is gone on with says again what it had said
 
 
+def remember(out: Path, name: str, found: str) -> None:
+    """A further hash in config.json, of what the run itself has made."""
+    about = disk.read_json(out / "config.json", "start anew, without --resume")
+    write_json(out / "config.json", about | {"hashes": about["hashes"] | {name: found}})
+
+
 def goes_on(out: Path, cfg: Config) -> bool:
     return cfg.resume and (out / "config.json").is_file()
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from minipeso import continual, disk, parallel, prepare, report
 from minipeso.checkpoint import Snapshot, packed, restore, snapshot, unpacked
 from minipeso.config import Config
+from minipeso.download import content_hash
 from minipeso.evaluate import Ranker
 from minipeso.evorec import EvoRec, inactive
 from minipeso.journal import Clock, Journal, counter
@@ -116,6 +117,7 @@ def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
     disk.write_file(out / "tokens.json", json.dumps(prepare.vocabulary(ids, template)))
     print(ids.table(), end="\n\n")
     ids.save(out / "semantic_ids.json")
+    report.remember(out, "ids", content_hash(out / "semantic_ids.json"))
     disk.write_file(out / "stats.md", f"{stats}\n\n{ids.table()}\n")
     clock("semantic IDs", journal.earlier)
 

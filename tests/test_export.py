@@ -100,6 +100,12 @@ def test_a_folder_that_was_moved_opens(runs, tmp_path):
     assert torch.equal(next(adapters(again.model))[1].A, next(adapters(reopen(runs["tiny"]).model))[1].A)
 
 
+def test_a_llamas_run_opens_without_its_checkpoints(runs, opened, tmp_path):
+    """They are for going on alone; only a base that the run has learnt lies there."""
+    shutil.copytree(runs["llama"], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    assert torch.equal(next(adapters(reopen(tmp_path / "run").model))[1].A, next(adapters(opened("llama").model))[1].A)
+
+
 def broken(folder: Path, how: str) -> None:
     """Spoils a copy of a run."""
     settings = json.loads((folder / "config.json").read_text())
