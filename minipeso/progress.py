@@ -74,7 +74,7 @@ class Progress:
         if facts["lowest"] is not None:
             self.lowest = facts["lowest"]
             self.best = {name: tensors[f"best/{name}"].to(p.device) for name, p in self.parameters.items()}
-        self.random = {device: tensors[f"random/{device}"] for device in random_state()}
+        self.random = {device: tensors[f"random/{device}"] for device in random_state() if f"random/{device}" in tensors}
         if self.generator:
             self.generator.set_state(tensors["random/own"])
 
