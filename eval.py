@@ -16,13 +16,14 @@ import io
 from functools import partial
 from pathlib import Path
 
-from minipeso import disk, parallel, report
+from minipeso import parallel
+from minipeso.runs import disk, report
 from minipeso.config import UsageError
-from minipeso.guard import guard
-from minipeso.export import export_merged, export_peft
-from minipeso.journal import counter
-from minipeso.recommend import histories, recommend, recommend_all
-from minipeso.reopen import reopen
+from minipeso.runs.guard import guard
+from minipeso.files.export import export_merged, export_peft
+from minipeso.runs.journal import counter
+from minipeso.runs.recommend import histories, recommend, recommend_all
+from minipeso.runs.reopen import reopen
 
 
 def main() -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from minipeso import config, continual, disk, parallel, prepare, report, signals
+from minipeso import config, continual, parallel
+from minipeso.runs import disk, prepare, report, signals
 from minipeso.config import Config
 from minipeso.evaluate import reference_hits
-from minipeso.explain import dry_run, explain
-from minipeso.guard import guard
-from minipeso.run import learn_first, learn_later, set_up, two_towers
+from minipeso.runs.explain import dry_run, explain
+from minipeso.runs.guard import guard
+from minipeso.runs.run import learn_first, learn_later, set_up, two_towers
 
 
 def main(cfg: Config) -> None:

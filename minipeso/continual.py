@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from minipeso import parallel
-from minipeso.checkpoint import Snapshot, restore
+from minipeso.runs.checkpoint import Snapshot, restore
 from minipeso.config import Config, UsageError, unknown
-from minipeso.cumulative import InfLoRALinear, SDLoRALinear, SumLoRALinear, design_inflora, variants
-from minipeso.keeper import Keeper
+from minipeso.rivals.cumulative import InfLoRALinear, SDLoRALinear, SumLoRALinear, design_inflora, variants
+from minipeso.runs.keeper import Keeper
 from minipeso.llama import Llama
 from minipeso.lora import LoRALinear, adapter_parameters, adapters, rewrap
 from minipeso.objective import Loss, anchored, answer_loss, stage_loss

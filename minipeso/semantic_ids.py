@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minipeso.disk import write_file
 from minipeso.rqvae import RQVAE, assign, collisions, quantise_residuals, squared_distances, train
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"  # one a level: <a_k> <b_k> <c_k> <d_k>, as in the Release
@@ -80,9 +79,11 @@ class SemanticIDs:
 
     def save(self, path: str | os.PathLike) -> None:
         """The Release's index file, {"0": ["<a_128>", "<b_72>", "<c_95>", "<d_83>"], "1": ...}."""
-        rows = {item: [f"<{LETTERS[level]}_{code}>" for level, code in enumerate(row)]
-                for item, row in enumerate(self.codes.tolist())}
-        write_file(Path(path), json.dumps(rows))
+        Path(path).write_text(self.json())
+
+    def json(self) -> str:
+        return json.dumps({item: [f"<{LETTERS[level]}_{code}>" for level, code in enumerate(row)]
+                           for item, row in enumerate(self.codes.tolist())})
 
     @classmethod
     def load(cls, path: str | os.PathLike, n_codes: int = 256,

@@ -7,20 +7,46 @@ decides what an example may see.
 """
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from minipeso.ratings import ordered
-from minipeso.reviews import BLOCK_FILES, Interactions, day, find_one, listing, matching
-
-INDEX_FILES = re.compile(r"(?!\.).*\.index.*\.json")
 PARTS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """Every (user, item) once, in the order (time, user key, item key).
+
+    user, item (n,) int64 index the sorted raw keys `users`, `items`, so no number here depends on
+    the order of the file; time (n,) int64 in ms. `bad` counts unreadable rows by reason,
+    `duplicates` the rows dropped because the same user had the same item earlier.
+    """
+    user: np.ndarray
+    item: np.ndarray
+    time: np.ndarray
+    users: list[str]
+    items: list[str]
+    bad: dict[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    core: int = 0  # the events of the user or item with the fewest, before the span is cut out
+
+
+def day(ms: int) -> str:
+    """A time in ms as a date, for messages."""
+    return str(np.datetime64(int(ms), "ms"))[:10]
+
+
+def ordered(first: np.ndarray, *ties: np.ndarray) -> np.ndarray:
+    """The order by `first`, equals by `ties`, as np.lexsort gives it; faster where equals are few."""
+    order = np.argsort(first)
+    equal = np.diff(first[order]) == 0
+    tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal))
+    rows = order[tied]
+    order[tied] = rows[np.lexsort((*(key[rows] for key in ties[::-1]), first[rows]))]
+    return order
 
 
 @dataclass(frozen=True)
@@ -161,61 +187,6 @@ def examples(stage: Stage, part: str, window: int = 20) -> list[Example]:
         made += [Example(user, tuple(full[max(0, i - window):i]), full[i], stage.number)
                  for i in targets]
     return made
-
-
-def read_release(folder: str | Path) -> tuple[list[Stage], Path]:
-    """The stages of the authors' block files, and the path of their semantic IDs.
-
-    C.all.block_k.json = {user: {"previous_block": [ids], "current_block": [ids]}} is stage k + 1;
-    previous_block is the history. Blocks that are not there (the first one of Instruments was not
-    obtainable) leave a gap in the numbers. Errors: ValueError naming the file and the user.
-    """
-    blocks: dict[int, Path] = {}
-    for path in matching(Path(folder), BLOCK_FILES):
-        number = int(BLOCK_FILES.fullmatch(path.name)[1]) + 1
-        if number in blocks:
-            raise ValueError(f"two files hold stage {number}\n{listing(Path(folder))}\n"
-                             "keep one data set per folder")
-        blocks[number] = path
-    codes_path = find_one(folder, INDEX_FILES, "file of semantic IDs (C.index*.json)")
-    if not blocks:
-        raise ValueError(f"no stage found\n{listing(Path(folder))}\n"
-                         "expected C.all.block_0.json, C.all.block_1.json ...")
-    return [_read_block(path, number) for number, path in sorted(blocks.items())], codes_path
-
-
-def _read_block(path: Path, number: int) -> Stage:
-    try:
-        block = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise ValueError(f"not JSON\n{path}: {fault}\nfetch the file again") from fault
-    if not isinstance(block, dict):
-        raise ValueError(f"not a block of the release\n{path} holds a {type(block).__name__}\n"
-                         'expected {"12": {"previous_block": [...], "current_block": [...]}}')
-    history, current = {}, {}
-    for key, row in block.items():
-        try:
-            user = int(key)
-            history[user] = _item_numbers(row["previous_block"])
-            current[user] = _item_numbers(row["current_block"])
-            if user < 0 or not current[user]:
-                raise ValueError("a negative user or an empty current_block")
-        except (ValueError, TypeError, KeyError) as fault:
-            raise ValueError(f"not a user of a release block: {fault!r}\n{path}, user {key!r}: "
-                             f"{str(row)[:80]}\nexpected previous_block and current_block, "
-                             "lists of item numbers") from fault
-    return Stage(number, {u: history[u] for u in sorted(history)},
-                 {u: current[u] for u in sorted(current)})
-
-
-def _item_numbers(value: object) -> list[int]:
-    """["65", "66"] or [65, 66] as whole numbers >= 0; anything else is a ValueError."""
-    if not isinstance(value, list) or not all(type(v) in (str, int) for v in value):
-        raise ValueError("not a list of item numbers")
-    items = [int(v) for v in value]
-    if min(items, default=0) < 0:
-        raise ValueError("a negative item number")
-    return items
 
 
 def statistics(stages: Sequence[Stage]) -> list[dict]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import train
-from minipeso import keeper
+from minipeso.runs import keeper
 from tests.micro import fingerprint, micro
 
 CHANGES = dict(epochs=2, compare="pretrain,inflora-all-inherit", method="peso", lam=1e4)

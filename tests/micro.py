@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 import train
 from minipeso import config
-from minipeso.run import Run
-from minipeso.run import set_up as set_up_run
+from minipeso.runs.run import Run
+from minipeso.runs.run import set_up as set_up_run
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.synthetic import ADJECTIVES, DEPARTMENTS

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from minipeso.beam import beam_search, computed
-from minipeso.hub import load_llama
+from minipeso.files.hub import load_llama
 from minipeso.llama import Llama, TokenTable
 from minipeso.lora import adapter_parameters, inject
 from minipeso.trie import Trie

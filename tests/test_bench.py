@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from minipeso import bench, race, race_data, race_growth, race_llama, race_load, race_rqvae, race_towers, race_trie
+from tests.bench import __main__ as bench, data as race_data, growth as race_growth, llama as race_llama, load as race_load, race, rqvae as race_rqvae, towers as race_towers, trie as race_trie
 from minipeso.config import UsageError, resolve
-from minipeso.guard import guard
+from minipeso.runs.guard import guard
 from minipeso.llama import LlamaConfig
 from minipeso.tokens import rows
 from minipeso.trie import Trie
@@ -267,7 +267,7 @@ def test_other_events_are_not_timed():
 
 def test_a_child_that_fails_is_an_error(capfd):
     with pytest.raises(RuntimeError, match="exited with 1\n.*race_data nobody nothing\n"):
-        race.child("minipeso.race_data", "nobody", "nothing")
+        race.child("tests.bench.data", "nobody", "nothing")
 
 
 def test_growth_is_of_the_real_thing():

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from minipeso import config, evaluate, prepare
+from minipeso import config, evaluate
+from minipeso.runs import prepare
 from minipeso.config import Config, UsageError, from_args, resolve
-from minipeso.guard import guard
-from minipeso.disk import CheckpointError
+from minipeso.runs.guard import guard
+from minipeso.runs.disk import CheckpointError
 from tests.test_evorec import EVO_FIELDS
 from tests.test_twotower import TOWER_FIELDS
 from tests.micro import MICRO, checkpoint, fingerprint, flags, micro, run, shared_ids

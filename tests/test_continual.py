@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from minipeso import continual
-from minipeso.checkpoint import restore, snapshot
+from minipeso.runs.checkpoint import restore, snapshot
 from minipeso.continual import METHODS, Objective, Plan
 from minipeso.llama import Llama
 from minipeso.lora import LoRALinear, adapter_parameters, adapters, rewrap
 from minipeso.objective import anchored, answer_loss, stage_loss
 from minipeso.proximal import PROXIMALS
-from minipeso.run import Run
+from minipeso.runs.run import Run
 from minipeso.stages import examples
 from minipeso.tokens import collate, rows
 from tests.micro import checkpoint, fingerprint, micro, run, set_up

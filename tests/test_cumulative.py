@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor, nn
 
-from minipeso import continual, cumulative
-from minipeso.checkpoint import restore, snapshot
+from minipeso import continual
+from minipeso.rivals import cumulative
+from minipeso.runs.checkpoint import restore, snapshot
 from minipeso.continual import METHODS
-from minipeso.cumulative import InfLoRALinear, SDLoRALinear, SumLoRALinear, covariances, update_memory, variants
-from minipeso.lora import LoRALinear, adapters, inject, load_peft, rewrap, save_peft
-from minipeso.run import Run
+from minipeso.rivals.cumulative import InfLoRALinear, SDLoRALinear, SumLoRALinear, covariances, update_memory, variants
+from minipeso.lora import LoRALinear, adapters, inject, rewrap
+from minipeso.files.peft import load_peft, save_peft
+from minipeso.runs.run import Run
 from minipeso.stages import examples
 from minipeso.tokens import collate, rows
 from tests.micro import micro, set_up

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minipeso import doctor, download
+from minipeso.files import download
+from minipeso.runs import doctor
 from tests.loopback import Hub
 
 ROOT = Path(__file__).parents[1]
@@ -21,9 +22,9 @@ SECRET = "hf_" + "s3cr3t" * 5
 
 
 def examine(cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    """python -m minipeso.doctor in a folder, with nothing of this machine's Hub settings."""
+    """python -m minipeso.runs.doctor in a folder, with nothing of this machine's Hub settings."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    done = subprocess.run([sys.executable, "-m", "minipeso.doctor"], cwd=cwd, capture_output=True, text=True, timeout=60,
+    done = subprocess.run([sys.executable, "-m", "minipeso.runs.doctor"], cwd=cwd, capture_output=True, text=True, timeout=60,
                           env=clean | {"HF_HOME": str(cwd / "cache"), "PYTHONPATH": str(ROOT),
                                  "HF_HUB_DISABLE_TELEMETRY": "1"} | env)
     assert "Traceback" not in done.stderr and SECRET not in done.stdout + done.stderr, done.stderr

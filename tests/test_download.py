@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from minipeso.download import PINNED, REVIEWS, HubError, fetch_checkpoint, fetch_reviews, verify
+from minipeso.files.download import PINNED, REVIEWS, HubError, fetch_checkpoint, fetch_reviews, verify
 from minipeso.synthetic import write_world
 from minipeso.tokens import QUESTIONS, Template
 from tests.loopback import Hub
@@ -203,7 +203,7 @@ def test_a_connection_that_breaks_off_is_taken_up_where_it_broke(hub, tmp_path):
     repo.mkdir(parents=True)
     (repo / "model.safetensors").write_bytes(os.urandom(1 << 20) * 25)
     hub.fault = {"model.safetensors": "cut once"}
-    code = ["from minipeso.guard import guard", "from minipeso.download import fetch",
+    code = ["from minipeso.runs.guard import guard", "from minipeso.files.download import fetch",
             "guard(lambda: fetch('owner/large', ['model.safetensors']))"]
     done = python(hub, tmp_path, *code)
     if done.returncode == 5 and "same command again" in done.stderr:
@@ -219,7 +219,7 @@ def test_main_that_moves_while_it_is_downloaded_is_told(hub, tmp_path, monkeypat
     (hub.root / "owner" / "moving").mkdir(parents=True)
     for name in ("a.json", "b.json"):
         (hub.root / "owner" / "moving" / name).write_text(name)
-    code = ["import huggingface_hub, urllib.request", "from minipeso.guard import guard", "from minipeso import download",
+    code = ["import huggingface_hub, urllib.request", "from minipeso.runs.guard import guard", "from minipeso import download",
             "real = huggingface_hub.hf_hub_download",
             "def moves(filename, **where):",
             "    if filename == 'b.json' and not where.get('local_files_only'):",
@@ -261,7 +261,7 @@ def test_too_little_disk_is_known_before_the_download(hub, tmp_path, monkeypatch
     """Sizes are asked first: nothing is downloaded into a full disk."""
     code = ("import shutil, collections, sys; U = collections.namedtuple('U', 'total used free')\n"
             "shutil.disk_usage = lambda path: U(10, 9, 1)\n"
-            "from minipeso.guard import guard; from minipeso.download import fetch_reviews\n"
+            "from minipeso.runs.guard import guard; from minipeso.files.download import fetch_reviews\n"
             "guard(lambda: fetch_reviews('Musical_Instruments'))")
     env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
     failed(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env), "too little disk", "1 are free")
@@ -299,7 +299,7 @@ def test_a_checkpoint_in_shards(hub, tmp_path):
         save_file({key: tensors[key] for key in sorted(tensors)[i - 1::2]}, repo / f"model-{i:05}-of-00002.safetensors")
     index = repo / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
-    code = ["from minipeso.guard import guard", "from minipeso.hub import load_llama",
+    code = ["from minipeso.runs.guard import guard", "from minipeso.files.hub import load_llama",
             "guard(lambda: load_llama('meta-llama/Llama-3.2-3B'))"]
     assert python(hub, tmp_path / "cache", *code).returncode == 0
     asked = {line.rpartition("/")[2] for line in hub.requests}

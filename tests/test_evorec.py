@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minipeso import continual, evorec, sasrec
-from minipeso.evorec import EvoRec, forgotten, freeze_others, inactive, locate, pooled
+from minipeso import continual
+from minipeso.rivals import evorec, sasrec
+from minipeso.rivals.evorec import EvoRec, forgotten, freeze_others, inactive, locate, pooled
 from minipeso.lora import adapters
-from minipeso.run import Run, learn_first, learn_later
+from minipeso.runs.run import Run, learn_first, learn_later
 from minipeso.stages import Stage, examples
 from tests.micro import micro, set_up
 

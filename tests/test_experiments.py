@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from minipeso import cells, continual, disk, experiments, paper, report, scores
-from minipeso.cells import Cell, Result, fill
+from minipeso import continual
+from minipeso.experiments import __main__ as experiments, cells, paper, scores
+from minipeso.runs import disk, report
+from minipeso.experiments.cells import Cell, Result, fill
 from minipeso.config import UsageError
-from minipeso.guard import guard
+from minipeso.runs.guard import guard
 from minipeso.metrics import bootstrap_interval, gains, hits
 from tests.micro import MICRO, flags, micro, run
 

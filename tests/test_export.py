@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minipeso import export, report
-from minipeso.checkpoint import CheckpointError, write
+from minipeso.files import export
+from minipeso.runs import report
+from minipeso.runs.checkpoint import CheckpointError, write
 from minipeso.config import UsageError
 from minipeso.evaluate import Ranker
-from minipeso.export import export_merged, export_peft, llama_version
+from minipeso.files.export import export_merged, export_peft, llama_version
 from minipeso.lora import adapters
 from minipeso.objective import answer_loss
-from minipeso.recommend import histories, top_items
-from minipeso.reopen import reopen
+from minipeso.runs.recommend import histories, top_items
+from minipeso.runs.reopen import reopen
 from minipeso.stages import examples
 from minipeso.synthetic import write_world
 from minipeso.tokens import QUESTIONS, collate, rows

@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 import train
-from minipeso import checkpoint, continual, disk, keeper, prepare, report, rqvae, signals
-from minipeso.guard import guard
-from minipeso.reopen import reopen
-from minipeso.disk import CheckpointError
+from minipeso import continual, rqvae
+from minipeso.runs import checkpoint, disk, keeper, prepare, report, signals
+from minipeso.runs.guard import guard
+from minipeso.runs.reopen import reopen
+from minipeso.runs.disk import CheckpointError
 from tests.killer import content
 from tests.micro import MICRO, flags, micro, run
 from tests.micro import checkpoint as llama
@@ -224,7 +225,7 @@ def test_a_kill_while_ranking_does_not_train_again(whole, tmp_path, monkeypatch)
             raise Killed
         return ranks(made, t, *rest)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("minipeso.run.rank_users", dies)
+        patch.setattr("minipeso.runs.run.rank_users", dies)
         run(micro(tmp_path))
     monkeypatch.setattr(continual, "train_step", None)  # would fail if it were called
     run(micro(tmp_path, resume=True))
@@ -235,7 +236,7 @@ def test_a_kill_while_ranking_does_not_train_again(whole, tmp_path, monkeypatch)
 def test_a_signal_saves_first(signum, code, tmp_path):
     """In D_1's training: the step is finished and saved though no save was due; exit 143 and 130, no traceback, and
     --resume starts behind that step."""
-    driver = ("import sys, train; from minipeso import config, keeper; from minipeso.guard import guard; keeper.Keeper.due = float('inf'); "
+    driver = ("import sys, train; from minipeso import config, keeper; from minipeso.runs.guard import guard; keeper.Keeper.due = float('inf'); "
               "guard(lambda: train.main(config.from_args(sys.argv[1:])))")
     argv = flags(**MICRO | dict(out=tmp_path / "run", epochs=400))
     process = subprocess.Popen([sys.executable, "-c", driver, *argv], cwd=ROOT, env=ENVIRONMENT, text=True,

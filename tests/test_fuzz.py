@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minipeso import prepare, report
-from minipeso.checkpoint import CheckpointError, read
-from minipeso.guard import EXIT_CODES
-from minipeso.hub import load_llama
-from minipeso.lora import adapters, inject, load_peft, save_peft
-from minipeso.reopen import reopen
+from minipeso.runs import prepare, report
+from minipeso.runs.checkpoint import CheckpointError, read
+from minipeso.runs.guard import EXIT_CODES
+from minipeso.files.hub import load_llama
+from minipeso.lora import adapters, inject
+from minipeso.files.peft import load_peft, save_peft
+from minipeso.runs.reopen import reopen
 from minipeso.semantic_ids import SemanticIDs
 from tests.killer import content
 from tests.micro import checkpoint, micro, run, shared_ids

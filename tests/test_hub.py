@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minipeso.hub import load_llama, read_config, weight_files
+from minipeso.files.hub import load_llama, read_config, weight_files
 from tests.reference import TOY, toy_llama
 
 IDS = torch.arange(20)[None]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minipeso.hub import load_llama
+from minipeso.files.hub import load_llama
 from minipeso.cache import KVCache
 from minipeso.llama import Llama, LlamaConfig, rope_frequencies
 from tests.reference import TOY, llama_logits, rotary_speeds, toy_llama, transformers_llama

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minipeso.hub import load_llama
-from minipeso.lora import (TARGETS, LoRALinear, adapter_parameters, adapters, inject, load_peft, rewrap,
-                           save_peft)
+from minipeso.files.hub import load_llama
+from minipeso.lora import TARGETS, LoRALinear, adapter_parameters, adapters, inject, rewrap
+from minipeso.files.peft import load_peft, save_peft
 from tests.reference import toy_llama, transformers_llama
 
 IDS = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import eval as eval_script
-from minipeso import experiments, parallel
+from minipeso import parallel
+from minipeso.experiments import __main__ as experiments
 from minipeso.config import resolve
 from tests.micro import MICRO, flags, run
 

@@ -12,7 +12,7 @@ from minipeso.continual import METHODS
 from minipeso.lora import adapter_parameters, adapters, watching
 from minipeso.objective import anchored, answer_loss, stage_loss
 from minipeso.proximal import PROXIMALS
-from minipeso.run import Run
+from minipeso.runs.run import Run
 from minipeso.stages import examples
 from minipeso.theory import block_metric, proximal_minimiser
 from minipeso.tokens import collate, rows

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from minipeso import prepare
+from minipeso.runs import prepare
 from minipeso.config import UsageError
 from minipeso.stages import Stage
 from minipeso.tokens import QUESTIONS

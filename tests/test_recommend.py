@@ -12,8 +12,8 @@ import torch
 
 import eval as script
 from minipeso.config import UsageError
-from minipeso.recommend import histories, recommend, recommend_all, top_items
-from minipeso.reopen import reopen
+from minipeso.runs.recommend import histories, recommend, recommend_all, top_items
+from minipeso.runs.reopen import reopen
 from tests.micro import MICRO, flags, micro, run, shared_ids
 from tests.reference import answer_log_p
 

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from minipeso import report
+from minipeso.runs import report
 from minipeso.config import resolve
 from minipeso.metrics import hits
 

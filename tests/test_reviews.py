@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from minipeso import ratings, rows
-from minipeso.reviews import dataset_schema, item_text, read_items, read_reviews
+from minipeso.files import ratings, rows
+from minipeso.files.reviews import dataset_schema, item_text, read_items, read_reviews
+from minipeso.stages import ordered
 
 T0 = 1_588_687_728_923
 ANY_TEXT = st.text(st.characters() | st.characters(categories=["Cs"]))   # half surrogates too
@@ -353,6 +354,6 @@ def test_equal_hashes_are_told_apart(monkeypatch):
 def test_ordered_is_lexsort(rows):
     """By the first key, equals by the second, then the third; what is wholly equal in whatever order."""
     a, b, c = np.array(rows).T
-    order = ratings.ordered(a, b, c)
+    order = ordered(a, b, c)
     assert sorted(order.tolist()) == list(range(len(rows)))
     assert np.array_equal(np.array(rows)[order], np.array(rows)[np.lexsort((c, b, a))])

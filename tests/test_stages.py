@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from minipeso.reviews import Interactions, read_reviews
-from minipeso.stages import (Stage, cut, examples, read_release, statistics, statistics_table,
-                             subset, user_disjoint)
+from minipeso.files.reviews import read_reviews
+from minipeso.stages import Interactions
+from minipeso.stages import Stage, cut, examples, statistics, statistics_table, subset, user_disjoint
+from minipeso.files.release import read_release
 
 T0 = 1_588_687_728_923
 RELEASE = "peso_release/"

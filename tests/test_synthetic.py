@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minipeso.reviews import read_items, read_reviews
+from minipeso.files.reviews import read_items, read_reviews
 from minipeso.stages import cut, statistics
 from minipeso.synthetic import FIRST_DAY, STAGE_MS, STAGES, write_world
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 import eval as eval_script
 import train
-from minipeso import report
+from minipeso.runs import report
 from minipeso.config import from_args
-from minipeso.guard import guard
-from minipeso.lora import load_peft
-from minipeso.run import rank_users
+from minipeso.runs.guard import guard
+from minipeso.files.peft import load_peft
+from minipeso.runs.run import rank_users
 from tests.micro import MICRO, blocks, checkpoint, fingerprint, flags, micro, run, set_up, shared_ids
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +166,7 @@ def test_what_can_be_recommended_at_each_stage(tmp_path, monkeypatch):
 
         def ranks(self, model, examples, *rest):
             asked.append((self.known, {e.stage for e in examples}, [e.user for e in examples]))
-    monkeypatch.setattr("minipeso.run.Ranker", Spy)
+    monkeypatch.setattr("minipeso.runs.run.Ranker", Spy)
     for t in (1, 2, 3):
         rank_users(made, t)
     assert asked == [(made.data.known[t - 1], {t}, made.data.stages[t - 1].users) for t in (1, 2, 3)]

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import train
-from minipeso import config, report, twotower
-from minipeso.lightgcn import (Neighbours, Questions, Tower, adjacency, bpr_loss, fit, full_ranks, propagate,
+from minipeso import config
+from minipeso.rivals import twotower
+from minipeso.runs import report
+from minipeso.rivals.lightgcn import (Neighbours, Questions, Tower, adjacency, bpr_loss, fit, full_ranks, propagate,
                                sample_negatives)
 from minipeso.metrics import hit_at
-from minipeso.pisa import PISA, PIW, Contrastive, largest, info_nce, js_divergence
+from minipeso.rivals.pisa import PISA, PIW, Contrastive, largest, info_nce, js_divergence
 from minipeso.stages import Stage
 from tests.micro import micro, run
 
@@ -322,7 +324,7 @@ def train_load(cfg):
     import contextlib
     import io
 
-    from minipeso.run import load
+    from minipeso.runs.run import load
     with contextlib.redirect_stdout(io.StringIO()):
         return load(cfg)
 

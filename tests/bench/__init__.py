@@ -1,0 +1,1 @@
+"""Races against what one would otherwise use: python -m tests.bench train."""
