@@ -17,20 +17,20 @@ from minipeso.trie import Trie
 
 
 @torch.no_grad()
-def computed(model: Llama, head: Sequence[int]) -> Beginning | None:
+def computed(model: Llama, preamble: Sequence[int]) -> Beginning | None:
     """Keys and values of the tokens with which all prompts begin, for `beam_search` to start from; None where
     that saves nothing. They hold until the model changes."""
-    if len(head) < 2:
+    if len(preamble) < 2:
         return None
     start = Beginning()
-    model.model(torch.tensor([head], device=model.device), cache=start)
+    model.model(torch.tensor([preamble], device=model.device), cache=start)
     return start
 
 
 @torch.no_grad()
 def beam_search(model: Llama, prompts: list[Tensor], trie: Trie, first_token: int, beams: int = 10,
-                head: Beginning | None = None) -> tuple[Tensor, Tensor]:
-    """codes (n, beams, L) and scores (n, beams), best first, for prompts of any lengths >= 1. `head`: what was
+                preamble: Beginning | None = None) -> tuple[Tensor, Tensor]:
+    """codes (n, beams, L) and scores (n, beams), best first, for prompts of any lengths >= 1. `preamble`: what was
     computed of their common beginning, which is shorter than any.
 
     The score of an item is sum_l log p(code_l | prompt, code_<l) under the softmax over the *whole*
@@ -46,8 +46,8 @@ def beam_search(model: Llama, prompts: list[Tensor], trie: Trie, first_token: in
     longest = max(map(len, prompts))
     lengths = torch.tensor([len(p) for p in prompts], device=device)  # (n,)
     cache = KVCache(model.config, n, longest + beams * (trie.levels - 1), model.model.norm.weight)
-    if head:
-        cache.begin(head)
+    if preamble:
+        cache.begin(preamble)
     past = cache.length
     rest = [p[past:] for p in prompts]
     ids = torch.nn.utils.rnn.pad_sequence(rest, batch_first=True)  # (n, longest - past), padded on the right

@@ -23,7 +23,7 @@ from minipeso.objective import Loss, anchored, answer_loss, stage_loss
 from minipeso.progress import Progress
 from minipeso.proximal import PROXIMALS
 from minipeso.stages import Example, Stage, examples
-from minipeso.tokens import Batch, Row, Template, batches, collate, rows
+from minipeso.tokens import Batch, TokenSequence, Template, batches, collate, sequences
 
 
 # -- the table of methods ---------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def _learn(model: Llama, data: list[Stage], plan: Plan, template: Template, cfg:
 
 def training_batches(stage: Stage, template: Template, cfg: Config, device) -> Iterator[Batch]:
     """A stage's training pairs once, without shuffling, for methods that look at their inputs."""
-    data = rows(examples(stage, "train", cfg.window), template)
+    data = sequences(examples(stage, "train", cfg.window), template)
     return (collate(some, device) for some in batches(data, 512, torch.Generator().manual_seed(0)))
 
 
@@ -204,10 +204,10 @@ def train_stage(model: Llama, train: list[Example], valid: list[Example], templa
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(parameters.values(), lr=plan.lr, weight_decay=cfg.weight_decay, fused=True)
-    data, checks = rows(train, template), rows(valid, template)
+    data, checks = sequences(train, template), sequences(valid, template)
     steps = plan.epochs * math.ceil(len(train) / plan.batch)
     objective = parallel.adding_up(Objective(model, plan, cfg))
-    head = None if plan.penalty == "output-kl" else template.head  # which compares layers at every token
+    preamble = None if plan.penalty == "output-kl" else template.preamble  # which compares layers at every token
     at = keeper.begin(Progress(parameters, optimiser))
     for epoch in range(at.epoch, plan.epochs):
         seed = (cfg.seed * 1009 + plan.stage) * 1009 + epoch
@@ -216,11 +216,11 @@ def train_stage(model: Llama, train: list[Example], valid: list[Example], templa
         for chosen in keeper.steps(at, batches(data, plan.batch, torch.Generator().manual_seed(seed))):
             optimiser.param_groups[0]["lr"] = plan.lr * learning_rate(at.step, steps, cfg.warmup)
             pairs, mine = sum(row.pairs for row in chosen), parallel.share(chosen)
-            batch = collate(mine or chosen[:1], model.device, head)
+            batch = collate(mine or chosen[:1], model.device, preamble)
             weight = batch.pairs * parallel.size() / pairs if mine else 0.0
             record = train_step(objective, batch, optimiser, plan, cfg, weight)
             log({"stage": plan.stage, "epoch": epoch, "step": at.step + 1, "steps": steps, "pairs": pairs, **record})
-        loss = mean_loss(model, checks, cfg.temperature, template.head)
+        loss = mean_loss(model, checks, cfg.temperature, template.preamble)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the validation loss is no longer finite at stage {plan.stage}\n"
                                      f"found {loss} after epoch {epoch}\nlower --lr or --lambda")
@@ -261,9 +261,9 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 
 @torch.no_grad()
-def mean_loss(model: Llama, data: list[Row], temperature: float, head: Sequence[int] = (), pairs: int = 512) -> float:
+def mean_loss(model: Llama, data: list[TokenSequence], temperature: float, preamble: Sequence[int] = (), pairs: int = 512) -> float:
     """The cross-entropy of all pairs, every pair weighing the same."""
     model.eval()
-    chosen = [collate(some, model.device, head) for some in parallel.share(batches(data, pairs, torch.Generator()))]
+    chosen = [collate(some, model.device, preamble) for some in parallel.share(batches(data, pairs, torch.Generator()))]
     total = sum(answer_loss(model, batch, temperature).item() * batch.pairs for batch in chosen)
     return parallel.total(torch.tensor(total, dtype=torch.float64)).item() / sum(row.pairs for row in data)

@@ -45,13 +45,13 @@ class Ranker:
         Every example counts, and is ranked by one process; those of like length are searched together.
         """
         model.eval()
-        trie, head = self.trie.to(model.device), computed(model, self.template.head)
+        trie, preamble = self.trie.to(model.device), computed(model, self.template.preamble)
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].history))
         ranks = torch.zeros(len(examples), dtype=torch.long)
         for start in parallel.share(range(0, len(order), batch)):
             some = order[start:start + batch]
             prompts = [self.template.prompt(examples[i].history).to(model.device) for i in some]
-            codes, _ = beam_search(model, prompts, trie, self.template.first_token, self.beams, head)
+            codes, _ = beam_search(model, prompts, trie, self.template.first_token, self.beams, preamble)
             ranks[some] = self._ranks(self._key(codes.cpu()), [examples[i].target for i in some])
             progress(len(some) * parallel.size())
         return parallel.total(ranks)

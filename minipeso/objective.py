@@ -20,9 +20,9 @@ from minipeso.tokens import IGNORE, Batch
 def answer_loss(model: Llama, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Eq. 2: the mean of -log p over the answers' tokens. The head sees only their positions."""
     start = None
-    if batch.head is not None:
-        start, end = Beginning(), batch.head.new_tensor([[batch.head.shape[1] - 1]])
-        model.model(batch.head, cache=start, at=end)
+    if batch.preamble is not None:
+        start, end = Beginning(), batch.preamble.new_tensor([[batch.preamble.shape[1] - 1]])
+        model.model(batch.preamble, cache=start, at=end)
     hidden = model.model(batch.ids, batch.positions, batch.mask, start, batch.at)  # (n, l or m, d)
     labels = batch.labels if batch.at is None else batch.labels.gather(1, batch.at)
     real = labels != IGNORE

@@ -28,14 +28,14 @@ QUESTIONS = {  # "paper" is Appendix D; "release" is the sentence in the authors
 
 @dataclass(frozen=True)
 class Template:
-    """head, item, separator, item, ..., tail -> answer, end: token ids around the items' codes.
+    """preamble, item, separator, item, ..., tail -> answer, end: token ids around the items' codes.
 
     Code c of level l is the one token first_token + l * n_codes + c; items (n_items, L) holds every
     item's tokens. Release: ids in the order of the sorted strings. Here: by arithmetic, so that no
     vocabulary file decides what a row of the checkpoint means.
     """
 
-    head: tuple[int, ...]
+    preamble: tuple[int, ...]
     separator: tuple[int, ...]
     tail: tuple[int, ...]
     end: tuple[int, ...]  # learnt behind the answer. Release: <|end_of_text|>. Paper, Eq. 2: the item alone
@@ -72,7 +72,7 @@ class Template:
         return not (self.separator or self.tail or self.end)
 
     def trunk(self, history: Iterable[int]) -> list[int]:
-        ids = list(self.head)
+        ids = list(self.preamble)
         for i, item in enumerate(history):
             ids += [*(self.separator if i else ()), *self.items[item].tolist()]
         return ids
@@ -91,7 +91,7 @@ def code_tokens(codes, n_codes: int, first_token: int) -> np.ndarray:
     return first_token + np.arange(codes.shape[1]) * n_codes + codes
 
 
-class Row(NamedTuple):
+class TokenSequence(NamedTuple):
     """One sequence with the answers of one or more pairs; every array is (l,)."""
 
     ids: np.ndarray
@@ -109,11 +109,11 @@ class Batch(NamedTuple):
     mask: Tensor | None  # (n, 1, l, l); None: causal
     real: Tensor  # (n, l); False where a row is padded
     pairs: int
-    head: Tensor | None = None  # (1, p): what all rows begin with, if it is not in them
+    preamble: Tensor | None = None  # (1, p): what all rows begin with, if it is not in them
     at: Tensor | None = None  # (n, m): where the labels are; None: everywhere is asked for
 
 
-def rows(examples: Iterable, template: Template, share: bool = True) -> list[Row]:
+def sequences(examples: Iterable, template: Template, share: bool = True) -> list[TokenSequence]:
     """The rows of a stage's examples (stages.Example). With share=False every pair is its own row:
     slower, the same loss; it is what the release trains on, and how a test proves the sharing."""
     build = _continued if template.continues else _branched
@@ -134,20 +134,20 @@ def _chains(examples: Iterable, share: bool) -> Iterator[list]:
         yield chain
 
 
-def _continued(chain: list, template: Template) -> Row:
+def _continued(chain: list, template: Template) -> TokenSequence:
     """No question between the items: the trunk, one item longer, is every pair's prompt and answer."""
     ids = np.array(template.trunk((*chain[-1].history, chain[-1].target)))
     labels = np.full(len(ids), IGNORE)
     levels = template.items.shape[1]
     for example in chain:
-        start = len(template.head) + len(example.history) * levels
+        start = len(template.preamble) + len(example.history) * levels
         labels[start - 1:start - 1 + levels] = template.items[example.target]
     l = len(ids) - 1  # the last token is a label only
     zeros = np.zeros(l, dtype=np.int64)
-    return Row(ids[:l], labels[:l], np.arange(l), zeros, zeros, len(chain))
+    return TokenSequence(ids[:l], labels[:l], np.arange(l), zeros, zeros, len(chain))
 
 
-def _branched(chain: list, template: Template) -> Row:
+def _branched(chain: list, template: Template) -> TokenSequence:
     """The trunk once, then tail and answer of every pair, each branch seeing its part of the trunk."""
     trunk = template.trunk(chain[-1].history)
     parts = [(trunk, [IGNORE] * len(trunk), range(len(trunk)), 0, 0)]
@@ -159,12 +159,12 @@ def _branched(chain: list, template: Template) -> Row:
         parts.append((branch, labels, range(seen, seen + len(branch)), k, seen))
     ids, labels, positions = (np.concatenate([np.array(part[i]) for part in parts]) for i in range(3))
     branch, seen = (np.repeat([part[i] for part in parts], [len(part[0]) for part in parts]) for i in (3, 4))
-    return Row(ids, labels, positions, branch, seen, len(chain))
+    return TokenSequence(ids, labels, positions, branch, seen, len(chain))
 
 
-def collate(rows: list[Row], device="cpu", head: Sequence[int] | None = None) -> Batch:
+def collate(rows: list[TokenSequence], device="cpu", preamble: Sequence[int] | None = None) -> Batch:
     """Rows of any lengths, padded on the right; what is padded has no label and is seen by no token. With the
-    template's head, branched rows come without it, to be computed once, and with the places of their labels,
+    template's preamble, branched rows come without it, to be computed once, and with the places of their labels,
     where alone the last layer is needed: the same loss, but those who watch a layer see other inputs."""
     ids, labels, positions, branch, seen = (
         torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row[i]) for row in rows], True, padding).to(device)
@@ -178,14 +178,14 @@ def collate(rows: list[Row], device="cpu", head: Sequence[int] | None = None) ->
     own = branch[:, :, None] == branch[:, None]  # (n, l, l)
     trunk = (branch[:, None] == 0) & (slot < seen[..., None])
     mask = (own | trunk) & (slot <= slot[:, None])
-    if head is None or len(head) < 2:
+    if preamble is None or len(preamble) < 2:
         return Batch(ids, labels, positions, mask[:, None], real, pairs)
-    p, most = len(head), max(int((row.labels != IGNORE).sum()) for row in rows)
+    p, most = len(preamble), max(int((row.labels != IGNORE).sum()) for row in rows)
     at = (labels[:, p:] != IGNORE).long().argsort(stable=True, dim=1, descending=True)[:, :most]  # (n, most)
     return Batch(ids[:, p:], labels[:, p:], positions[:, p:], mask[:, None, p:], real[:, p:], pairs, ids[:1, :p], at)
 
 
-def batches(rows: list[Row], pairs: int, generator: torch.Generator, pool: int = 32) -> list[list[Row]]:
+def batches(rows: list[TokenSequence], pairs: int, generator: torch.Generator, pool: int = 32) -> list[list[TokenSequence]]:
     """One epoch's batches of about `pairs` pairs each, in random order, of rows of like length.
 
     Rows are shuffled, cut into pools of `pool` batches, sorted by length inside a pool (so that

@@ -1,13 +1,24 @@
-"""Shared fixtures: where the real data lies, and one thread so that results do not depend on the machine."""
+"""Shared fixtures: where the real data lies, one thread and the same drawn cases on every machine."""
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)  # small tensors gain nothing from more, and lose tenfold on busy cores
+
+# A newcomer's run draws what CI has drawn. MINIPESO_FRESH=10 pytest: other cases at every start, ten times as many.
+FRESH = int(os.environ.get("MINIPESO_FRESH", 0))
+hypothesis.settings.register_profile("ours", derandomize=not FRESH, database=None, deadline=None)
+hypothesis.settings.load_profile("ours")
+
+
+def draws(n: int) -> hypothesis.settings:
+    """A decorator beside @given: how many cases a property is tried on."""
+    return hypothesis.settings(max_examples=n * max(FRESH, 1))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
@@ -12,6 +12,7 @@ from minipeso.files.hub import load_llama
 from minipeso.llama import Llama, TokenTable
 from minipeso.lora import adapter_parameters, inject
 from minipeso.trie import Trie
+from tests.conftest import draws
 from tests.reference import answer_log_p, dict_trie, slow_beam, toy_llama, transformers_llama
 
 N_CODES = 8
@@ -58,7 +59,7 @@ def test_a_wide_beam_ranks_every_item(levels, items, first_token):
         assert error <= 1e-10, f"scores off by {error:.1e}"
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@draws(25)
 @given(items=st.integers(1, 60), levels=st.integers(1, 5), beams=st.integers(1, 12), seed=st.integers(0, 99),
        length=st.integers(1, 6))
 def test_a_narrow_beam_equals_a_slow_one(items, levels, beams, seed, length):
@@ -221,7 +222,7 @@ def test_a_common_beginning_is_computed_once(length):
     found, scores = beam_search(model, batch, trie, 1)
     start = computed(model, head)
     model.model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
-    again, same = beam_search(model, batch, trie, 1, head=start)
+    again, same = beam_search(model, batch, trie, 1, preamble=start)
     assert torch.equal(found, again) and (scores - same).abs().max() <= 1e-10
     assert seen == [(3, 12), (3, 8), (3, 10), (3, 10)], "a first level of 8 codes"
     assert computed(model, head[:1]) is None
@@ -249,7 +250,7 @@ def test_no_value_is_waited_for(head):
     trie = Trie(codes, N_CODES)
     with FakeTensorMode(allow_non_fake_inputs=True):
         batch = [torch.zeros(length, dtype=torch.long) for length in (7, 4, 12)]
-        found, scores = beam_search(model, batch, trie, 1, head=computed(model, [0, 1, 2]) if head else None)
+        found, scores = beam_search(model, batch, trie, 1, preamble=computed(model, [0, 1, 2]) if head else None)
         assert found.shape == (3, 10, 4) and scores.shape == (3, 10) and isinstance(found, FakeTensor)
         with pytest.raises(DataDependentOutputException):
             scores.sum().item()

@@ -13,7 +13,7 @@ from tests.bench import __main__ as bench, data as race_data, growth as race_gro
 from minipeso.config import UsageError, resolve
 from minipeso.runs.guard import guard
 from minipeso.llama import LlamaConfig
-from minipeso.tokens import rows
+from minipeso.tokens import sequences
 from minipeso.trie import Trie
 from tests.reference import TOY
 
@@ -126,7 +126,7 @@ def test_users_are_like_amazons():
     assert len(pairs) == 4000 and pairs.min() == 3 and pairs.max() <= 20
     assert abs(pairs.float().mean() - 5.5) < 0.2, f"{pairs.float().mean():.2f} pairs a user"
     assert max(len(pair.history) for pair in drawn) < 20
-    case_rows = rows(drawn[:200], race_llama.Template.short([[1, 2, 3, 4]] * 1000, 256))
+    case_rows = sequences(drawn[:200], race_llama.Template.short([[1, 2, 3, 4]] * 1000, 256))
     assert len(case_rows) == len({pair.user for pair in drawn[:200]})
 
 

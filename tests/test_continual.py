@@ -19,7 +19,7 @@ from minipeso.objective import anchored, answer_loss, stage_loss
 from minipeso.proximal import PROXIMALS
 from minipeso.runs.run import Run
 from minipeso.stages import examples
-from minipeso.tokens import collate, rows
+from minipeso.tokens import collate, sequences
 from tests.micro import checkpoint, fingerprint, micro, run, set_up
 from tests.reference import answer_log_p, textbook_softmax_kl
 
@@ -93,7 +93,7 @@ def perturb(model: Llama, std: float = 0.1, seed: int = 0) -> None:
 
 
 def first_batch(now: Run, t: int = 2, n: int = 6, share: bool = True):
-    return collate(rows(examples(now.data.stages[t - 1], "train", now.cfg.window)[:n], now.template, share))
+    return collate(sequences(examples(now.data.stages[t - 1], "train", now.cfg.window)[:n], now.template, share))
 
 
 # -- the objective ----------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_stage_loss_is_eq_12(either, groups, reduction):
     now.model.eval()
     perturb(now.model)
     pairs = examples(now.data.stages[1], "train", now.cfg.window)[:6]
-    loss = stage_loss(now.model, collate(rows(pairs, now.template)), "kl", 30.0, 1.0, groups, reduction)
+    loss = stage_loss(now.model, collate(sequences(pairs, now.template)), "kl", 30.0, 1.0, groups, reduction)
     ce, prox = cross_entropy_by_hand(now, pairs, 1.0), penalty_by_hand(now.model, groups, reduction)
     assert loss.ce.item() == pytest.approx(ce, rel=1e-5), "cross-entropy"
     assert prox > 1e-4 and loss.prox.item() == pytest.approx(prox, rel=1e-4), "penalty"
@@ -145,7 +145,7 @@ def test_cross_entropy_is_the_mean_log_probability_of_the_answers(scratch):
     now = fresh(scratch)
     now.model.eval()
     pairs = examples(now.data.stages[0], "train", 4)[:5]
-    loss = answer_loss(now.model, collate(rows(pairs, now.template)))
+    loss = answer_loss(now.model, collate(sequences(pairs, now.template)))
     log_p = [answer_log_p(now.model, now.template.prompt(e.history).tolist(), now.template.answer(e.target))
              for e in pairs]
     assert loss.item() == pytest.approx(-sum(log_p) / (5 * now.cfg.levels), rel=1e-5)
@@ -496,7 +496,7 @@ def test_the_validation_loss_is_the_mean_over_pairs(scratch):
     pairs = examples(now.data.stages[0], "valid", now.cfg.window)
     wanted = cross_entropy_by_hand(now, pairs, 0.7)
     for size in (512, 7):
-        assert continual.mean_loss(now.model, rows(pairs, now.template), 0.7, (), size) == pytest.approx(wanted, rel=1e-5)
+        assert continual.mean_loss(now.model, sequences(pairs, now.template), 0.7, (), size) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_learning_rate_schedule():
@@ -568,8 +568,8 @@ def test_the_order_of_the_data_depends_on_seed_stage_and_epoch_only(scratch):
         torch.manual_seed(noise)
         continual.choose_trainable(trial.model, "adapter")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(continual, "collate", lambda rows, device, head: (ids.append([r.ids.tolist() for r in rows]),
-                                                                      collate(rows, device, head))[1])
+            patch.setattr(continual, "collate", lambda rows, device, preamble: (ids.append([r.ids.tolist() for r in rows]),
+                                                                      collate(rows, device, preamble))[1])
             plan = Plan(stage, 2, lr, 8, penalty)
             continual.train_stage(trial.model, pairs, valid, now.template, plan, trial.cfg,
                                   lambda record: epochs[record["epoch"]].append(ids[-1]) if "ce" in record else None)
@@ -578,7 +578,7 @@ def test_the_order_of_the_data_depends_on_seed_stage_and_epoch_only(scratch):
     assert order(lr=1e-2, penalty="kl", noise=5) == (first, second)
     assert order(stage=3)[0] != first and order(seed=1)[0] != first and second != first
     every = [sorted(row for batch in epoch for row in batch) for epoch in (first, second)]
-    assert every[0] == every[1] == sorted(r.ids.tolist() for r in rows(pairs, now.template)), "each epoch sees all"
+    assert every[0] == every[1] == sorted(r.ids.tolist() for r in sequences(pairs, now.template)), "each epoch sees all"
 
 
 def test_the_base_learns_d0_alone(scratch, monkeypatch):

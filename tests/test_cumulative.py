@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from minipeso.lora import LoRALinear, adapters, inject, rewrap
 from minipeso.files.peft import load_peft, save_peft
 from minipeso.runs.run import Run
 from minipeso.stages import examples
-from minipeso.tokens import collate, rows
+from minipeso.tokens import collate, sequences
+from tests.conftest import draws
 from tests.micro import micro, set_up
 from tests.reference import transformers_llama, toy_llama
 
@@ -240,7 +241,7 @@ def published_dualgpm(M: np.ndarray, retain: bool, C: np.ndarray, threshold: flo
     return np.linalg.svd(M)[0][:, M.shape[1]:], True
 
 
-@settings(max_examples=30, deadline=None)
+@draws(30)
 @given(d=st.integers(4, 14), seed=st.integers(0, 10**6), threshold=st.sampled_from([0.5, 0.8, 0.95, 0.98]))
 def test_the_memory_is_dualgpm(d, seed, threshold):
     """Over four stages, through the change to the complement: the same space as the published loop spans, with
@@ -265,7 +266,7 @@ def test_covariances_are_the_mean_of_outer_products(ready):
     """Every layer's input, token by token without padding and without sharing; q, k, v share one, gate and up too."""
     now = ready._replace(model=copy.deepcopy(ready.model))
     rewrap(now.model, variants(InfLoRALinear)["all"])
-    data = rows(examples(now.data.stages[1], "train", now.cfg.window), now.template)
+    data = sequences(examples(now.data.stages[1], "train", now.cfg.window), now.template)
     found = covariances(now.model, [collate(data[:5]), collate(data[5:12])])
     names = {id(layer): name.rpartition(".")[2] for name, layer in adapters(now.model)}
     assert [[names[id(layer)] for layer in layers] for layers, _ in found] == [

@@ -9,10 +9,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeso.embed import left_singular, llama_vectors, terms, tf_idf, title_vectors
+from tests.conftest import draws
 
 WORDS = "usb cable case cover phone hdmi mount lens strap charger 10ft black für イヤホン".split()
 
@@ -78,7 +79,7 @@ def test_subspace_iteration_finds_the_singular_vectors():
 
 
 @given(st.lists(st.text(alphabet="abc é-", max_size=12), max_size=25), st.randoms())
-@settings(max_examples=60, deadline=None)
+@draws(60)
 def test_order_and_repeats_do_not_matter(texts, draw):
     """Shuffled or repeated, a text keeps its vector bit for bit; rows are unit or zero."""
     vectors = dict(zip(texts, title_vectors(texts, dim=8)))

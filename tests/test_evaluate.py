@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from minipeso.evaluate import Ranker, reference_hits
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.stages import Example, Stage
 from minipeso.tokens import Template
+from tests.conftest import draws
 from tests.reference import answer_log_p, toy_llama
 
 N_CODES, LEVELS, ITEMS = 5, 3, 14
@@ -63,7 +64,7 @@ def test_an_item_is_no_free_hit_by_its_neighbours_id():
     assert by_item == [by_item[0], by_item[0] + 1, by_item[0] + 2] and len(set(by_id)) == 1, (by_item, by_id)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@draws(12)
 @given(st.permutations(range(15)), st.sampled_from([1, 4, 64]))
 def test_batch_size_and_order_do_not_matter(order, batch):
     """Every user's rank is the user's own, whoever is searched beside them."""

@@ -23,7 +23,7 @@ from minipeso.runs.recommend import histories, top_items
 from minipeso.runs.reopen import reopen
 from minipeso.stages import examples
 from minipeso.synthetic import write_world
-from minipeso.tokens import QUESTIONS, collate, rows
+from minipeso.tokens import QUESTIONS, collate, sequences
 from tests.micro import checkpoint, llama_checkpoint, micro, run, shared_ids
 
 RUNS = {
@@ -293,7 +293,7 @@ def test_the_release_recipe_is_the_authors_objective(runs):
             for M in layer.trained():
                 M += 0.1 * torch.randn(M.shape, generator=draw, dtype=M.dtype)
     pairs = examples(ours.data.stages[1], "train", cfg.window)[:7]
-    batch = collate(rows(pairs, ours.template))
+    batch = collate(sequences(pairs, ours.template))
     loss = stage_loss(model, batch, "kl", cfg.lam, cfg.temperature, cfg.groups, cfg.reduction, cfg.prox_scale)
 
     ce, tokens, L, V = 0.0, 0, ours.ids.codes.shape[1], ours.tokenizer.get_vocab_size()

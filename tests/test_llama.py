@@ -8,13 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from minipeso.files.hub import load_llama
 from minipeso.cache import KVCache
 from minipeso.llama import Llama, LlamaConfig, rope_frequencies
+from tests.conftest import draws
 from tests.reference import TOY, llama_logits, rotary_speeds, toy_llama, transformers_llama
 
 ONE_B = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -150,7 +151,7 @@ def test_llama3_scaling_has_the_golden_speeds():
     assert differ == [15, 16, 17, 18, 31], differ
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@draws(40)
 @given(theta=st.floats(100, 1e6), factor=st.floats(1, 64), low=st.floats(0.5, 2), wider=st.floats(1, 4),
        context=st.integers(16, 10000), pairs=st.integers(1, 40))
 def test_speeds_equal_the_piecewise_formula(theta, factor, low, wider, context, pairs):

@@ -6,13 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeso.metrics import average, gains, hit_at, hits, ndcg_at, paired_interval, summary
+from tests.conftest import draws
 
 RANKS = torch.tensor([1, 0, 3, 5, 6, 10, 11, 0])
-quick = settings(max_examples=100, deadline=None, derandomize=True)
+quick = draws(100)
 some_ranks = st.lists(st.integers(0, 12), min_size=1, max_size=30).map(torch.tensor)
 
 

@@ -15,7 +15,7 @@ from minipeso.proximal import PROXIMALS
 from minipeso.runs.run import Run
 from minipeso.stages import examples
 from minipeso.theory import block_metric, proximal_minimiser
-from minipeso.tokens import collate, rows
+from minipeso.tokens import collate, sequences
 from tests.micro import micro, set_up
 from tests.reference import textbook_softmax_kl
 
@@ -52,7 +52,7 @@ def test_output_kl_is_the_textbook_kl_token_by_token(anchored_run, reduction):
     is untouched."""
     now = shaken(anchored_run, 0.3)
     now.model.eval()
-    data = rows(pairs_of(now), now.template)
+    data = sequences(pairs_of(now), now.template)
     assert len({len(row.ids) for row in data}) > 1, "some row must be padded"
     loss = stage_loss(now.model, collate(data), "output-kl", 3.0, 1.0, "module", reduction)
     inputs: dict[str, list[Tensor]] = {}
@@ -79,7 +79,7 @@ def test_at_the_anchor_nothing_pulls(anchored_run, penalty):
     for step in (False, True):
         if step:
             shaken(now)
-        prox = stage_loss(now.model, collate(rows(pairs_of(now), now.template)), penalty, 1.0).prox
+        prox = stage_loss(now.model, collate(sequences(pairs_of(now), now.template)), penalty, 1.0).prox
         pull = torch.autograd.grad(prox, adapter_parameters(now.model))
         assert (prox.item() > 1e-9) == step and any(g.abs().max() > 1e-12 for g in pull) == step, prox
 

@@ -5,20 +5,21 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from minipeso.proximal import (PROXIMALS, l2, orthogonality, output_kl, per_rank_kl, proximal_term, quadratic,
                                softmax_kl, stack_groups, stack_ranks)
 from minipeso.theory import quadratic_prox, softmax_metric
+from tests.conftest import draws
 from tests.reference import textbook_softmax_kl
 
 FORMULA = {"kl": softmax_kl, "l2": l2, "quadratic": quadratic, "rank-kl": per_rank_kl, "orthogonal": orthogonality}
 
 SEEDS = st.integers(0, 2**31 - 1)
 SIZES = st.integers(1, 40)
-quick = settings(max_examples=40, deadline=None, derandomize=True)
+quick = draws(40)
 
 
 def normal(*shape: int, seed: int, std: float = 1.0, dtype=torch.float64) -> Tensor:

@@ -7,11 +7,12 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from minipeso.files import ratings, rows
 from minipeso.files.reviews import dataset_schema, item_text, read_items, read_reviews
 from minipeso.stages import ordered
+from tests.conftest import draws
 
 T0 = 1_588_687_728_923
 ANY_TEXT = st.text(st.characters() | st.characters(categories=["Cs"]))   # half surrogates too
@@ -70,7 +71,7 @@ def test_plain_gz_jsonl_csv_and_folder_agree(tmp_path):
     assert triples(read_reviews(plain))[:2] == [("u0", "i0", T0), ("u1", "i1", T0 + 1)]
 
 
-@settings(deadline=None, max_examples=40)
+@draws(40)
 @given(st.lists(st.tuples(st.sampled_from("abcXYZ"), st.sampled_from("pqrstPQ"), st.integers(0, 9)),
                 min_size=1, max_size=60), st.randoms(use_true_random=False))
 def test_shuffled_file_gives_identical_arrays(tmp_path_factory, events, random):
@@ -311,7 +312,7 @@ ODD_ROW = st.sampled_from([
     "u,i,5.0,0001588687728"])
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@draws(150)
 @given(plain=st.lists(PLAIN_ROW, min_size=1, max_size=40), odd=st.lists(st.tuples(st.integers(0, 40), ODD_ROW), max_size=4),
        size=st.sampled_from([1, 50, 300, 1 << 24]), bom=st.booleans(), end=st.sampled_from(["\n", ""]),
        before=st.sampled_from(["", "\n", " \n\n"]), copies=st.sampled_from([1, 30]))

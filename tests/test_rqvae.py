@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from minipeso import rqvae
 from minipeso.rqvae import RQVAE, assign, kmeans, quantise_residuals, sinkhorn, train
+from tests.conftest import draws
 from tests.reference import full_matrix_sinkhorn
 
 
@@ -112,7 +113,7 @@ def test_reconstruction_trains_no_codebook():
 
 
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 7), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@draws(40)
 def test_residual_identity_and_greedy_codes(n, levels, K, seed):
     """z = sum of codewords + last residual, and each code is the brute-force nearest."""
     z, codebooks = items(n, 4, seed), items(levels * K, 4, seed + 1).view(levels, K, 4)
@@ -179,7 +180,7 @@ def test_every_loss_setting_is_alive(change):
 
 @given(st.integers(2, 20), st.integers(2, 20), st.sampled_from([0.003, 0.01, 0.1, 1.0]),
        st.integers(1, 60), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@draws(60)
 def test_sinkhorn_equals_the_full_matrix_iteration(n, K, eps, iterations, seed):
     """Scaling vectors give the Release's whole-matrix plan; columns sum to n / K."""
     distances = torch.rand(n, K, generator=seeded(seed), dtype=torch.float64) ** 3

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeso import semantic_ids
@@ -16,6 +16,7 @@ from minipeso.embed import title_vectors
 from minipeso.semantic_ids import (SemanticIDs, canonical_order, move_to_free, reassign_groups,
                                    standardise)
 from tests.reference import release_repair
+from tests.conftest import draws
 
 TINY = dict(levels=3, codes=8, d_latent=4, hidden=(8,), epochs=3)
 
@@ -35,7 +36,7 @@ def distinct(codes: torch.Tensor) -> int:
 # -- fit -----------------------------------------------------------------------------------------
 
 @given(st.integers(1, 120), st.integers(1, 40), st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@draws(25)
 def test_ids_are_unique(n, different, seed):
     """Every item has its own ID, whatever the number of items and of equal vectors."""
     x = vectors(different, seed=seed)[np.random.default_rng(seed).integers(0, different, n)]
@@ -175,7 +176,7 @@ def random_state(n: int, levels: int, K: int, seed: int, groups: int):
 
 
 @given(st.integers(2, 40), st.integers(2, 9), st.integers(1, 12), st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@draws(25)
 def test_reassign_groups_equals_the_release_loop(n, K, groups, seed):
     """Batches of equal group size give the codes of the Release's loop over single groups."""
     codes, z, codebooks = random_state(n, 3, K, seed, groups)
@@ -186,7 +187,7 @@ def test_reassign_groups_equals_the_release_loop(n, K, groups, seed):
 
 
 @given(st.integers(2, 60), st.integers(1, 8), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@draws(40)
 def test_the_last_code_gives_way_to_the_nearest_free_one(n, groups, seed):
     """While a prefix has room, each item but the first takes the nearest last code then free."""
     _, z, codebooks = random_state(n, 3, 64, seed, groups)
@@ -276,7 +277,7 @@ def test_table_names_a_collapsed_level():
 
 
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 300), st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@draws(30)
 def test_save_and_load(tmp_path_factory, n, levels, K, seed):
     """What is saved is loaded, in the Release's format."""
     path = tmp_path_factory.mktemp("ids") / "semantic_ids.json"

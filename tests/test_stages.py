@@ -6,12 +6,13 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from minipeso.files.reviews import read_reviews
 from minipeso.stages import Interactions
 from minipeso.stages import Stage, cut, examples, statistics, statistics_table, subset, user_disjoint
 from minipeso.files.release import read_release
+from tests.conftest import draws
 
 T0 = 1_588_687_728_923
 RELEASE = "peso_release/"
@@ -115,7 +116,7 @@ def test_unknown_part_names_the_known_ones():
         examples(stage, "test", window=0)
 
 
-@settings(deadline=None, max_examples=60)
+@draws(60)
 @given(worlds, st.integers(1, 6), st.integers(1, 8))
 def test_no_example_sees_its_future(events, min_events, window):
     """Every history is the user's latest surviving events before the target, and no later ones."""
@@ -140,7 +141,7 @@ def test_no_example_sees_its_future(events, min_events, window):
         assert all(when[e.target] < ends[e.user] for e in train)
 
 
-@settings(deadline=None, max_examples=60)
+@draws(60)
 @given(worlds, st.sampled_from([0.3, 0.57, 0.6, 0.8]), st.integers(1, 6), st.integers(1, 6))
 def test_cut_equals_the_slow_reference(events, first, n_stages, min_events):
     """An event-by-event reference cuts, filters and remembers the same."""
@@ -242,7 +243,7 @@ def test_the_first_share_is_the_floor():
         assert cut(interactions(events), first, 2, 1)[0].interactions == size, (first, n)
 
 
-@settings(deadline=None, max_examples=40)
+@draws(40)
 @given(worlds, st.integers(0, 99))
 def test_user_disjoint(events, seed):
     """Whole users, one stage each, order kept, no histories, sizes off by under one sequence."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,7 +18,9 @@ from minipeso.theory import (block_metric, generalised_eigen, interpolation, pro
 SEEDS = st.integers(0, 2**31 - 1)
 LAMS = st.floats(1e-2, 1e2)
 METRICS = st.sampled_from(["positive", "low rank", "softmax", "blocks"])
-quick = settings(max_examples=40, deadline=None, derandomize=True)
+from tests.conftest import draws
+
+quick = draws(40)
 
 
 def normal(*shape: int, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minipeso.objective import answer_loss
-from minipeso.tokens import FRAME, IGNORE, QUESTIONS, Row, Template, batches, code_tokens, collate, rows
+from minipeso.tokens import FRAME, IGNORE, QUESTIONS, TokenSequence, Template, batches, code_tokens, collate, sequences
 from tests.reference import toy_llama
 
 LEVELS, N_CODES, ITEMS = 3, 7, 40
@@ -127,7 +127,7 @@ def test_the_marks_are_one_token_each(tokenizer):
     ids = template.prompt((1, 2)).tolist() + template.answer(3)
     assert ids[0] == begin and ids[-1] == end and ids.count(begin) == ids.count(end) == 1
     assert template.first_token == tokenizer.get_vocab_size()
-    text = tokenizer.decode(template.head, skip_special_tokens=True) + tokenizer.decode(template.tail)
+    text = tokenizer.decode(template.preamble, skip_special_tokens=True) + tokenizer.decode(template.tail)
     assert text == QUESTIONS["paper"].format(items="") and FRAME.startswith("Below is")
 
 
@@ -169,7 +169,7 @@ def test_labels_are_the_answers_and_nothing_else(made, kind, share):
     what that position may see is its own prompt and answer so far."""
     template, _ = made[kind]
     examples = crowd()
-    built = rows(examples, template, share)
+    built = sequences(examples, template, share)
     per_pair = LEVELS + (kind in QUESTIONS)
     labels = [label for row in built for label in row.labels.tolist() if label != IGNORE]
     assert labels == [token for e in examples for token in template.answer(e.target)]
@@ -194,7 +194,7 @@ def test_shared_rows_are_far_shorter(made):
     """What sharing is for: a user's ten pairs in one row hold a fraction of the tokens."""
     for kind, at_most in (("short", 0.3), ("paper", 0.8)):
         template, _ = made[kind]
-        one, each = (sum(len(r.ids) for r in rows(take(0, list(range(10))), template, share)) for share in (True, False))
+        one, each = (sum(len(r.ids) for r in sequences(take(0, list(range(10))), template, share)) for share in (True, False))
         assert one < at_most * each, f"{kind}: {one} tokens shared, {each} alone"
 
 
@@ -202,10 +202,10 @@ def test_a_sliding_window_breaks_the_run(made):
     """Up to 20 items of history the pairs share a row; from then on each stands alone; so do pairs
     of two users, and pairs that do not follow each other."""
     template, _ = made["short"]
-    assert [r.pairs for r in rows(take(0, list(range(24))), template)] == [21, 1, 1, 1]
-    assert [r.pairs for r in rows([Example(0, (), 1), Example(1, (1,), 2)], template)] == [1, 1]
-    assert [r.pairs for r in rows([Example(0, (), 1), Example(0, (2,), 3), Example(0, (2, 3), 4)], template)] == [1, 2]
-    assert rows([], template) == []
+    assert [r.pairs for r in sequences(take(0, list(range(24))), template)] == [21, 1, 1, 1]
+    assert [r.pairs for r in sequences([Example(0, (), 1), Example(1, (1,), 2)], template)] == [1, 1]
+    assert [r.pairs for r in sequences([Example(0, (), 1), Example(0, (2,), 3), Example(0, (2, 3), 4)], template)] == [1, 2]
+    assert sequences([], template) == []
 
 
 # ---- loss and gradient
@@ -222,7 +222,7 @@ def loop_loss(model, examples: list[Example], template: Template) -> torch.Tenso
     return total
 
 
-def batched_loss(model, built: list[Row]) -> torch.Tensor:
+def batched_loss(model, built: list[TokenSequence]) -> torch.Tensor:
     batch = collate(built)
     logits = model.head(model.model(batch.ids, batch.positions, batch.mask))
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -234,13 +234,13 @@ def test_sharing_changes_neither_loss_nor_gradient(made, kind):
     and the last layer at the answers alone or not, are those of a loop over the pairs, each a plain sequence, to 1e-10."""
     template, model = made[kind]
     examples = crowd()
-    found, answers = {}, sum((row.labels != IGNORE).sum() for row in rows(examples, template))
+    found, answers = {}, sum((row.labels != IGNORE).sum() for row in sequences(examples, template))
     for name, loss in (("loop", lambda m: loop_loss(m, examples, template)),
-                       ("alone", lambda m: batched_loss(m, rows(examples, template, share=False))),
-                       ("shared", lambda m: batched_loss(m, rows(examples, template))),
-                       ("lean", lambda m: answers * answer_loss(m, collate(rows(examples, template), head=template.head))),
+                       ("alone", lambda m: batched_loss(m, sequences(examples, template, share=False))),
+                       ("shared", lambda m: batched_loss(m, sequences(examples, template))),
+                       ("lean", lambda m: answers * answer_loss(m, collate(sequences(examples, template), preamble=template.preamble))),
                        ("alone, lean", lambda m: answers * answer_loss(m, collate(
-                           rows(examples, template, share=False), head=template.head)))):
+                           sequences(examples, template, share=False), preamble=template.preamble)))):
         copied = copy.deepcopy(model)
         value = loss(copied)
         value.backward()
@@ -257,21 +257,21 @@ def test_sharing_changes_neither_loss_nor_gradient(made, kind):
 def test_a_lean_batch_asks_for_less(made):
     """The template's head is in no row, and the last layer's MLP sees the answers' places alone."""
     template, model = made["release"]
-    whole, lean = (collate(rows(crowd(), template), head=head) for head in (None, template.head))
-    assert lean.ids.shape[1] == whole.ids.shape[1] - len(template.head) and lean.head.tolist() == [list(template.head)]
+    whole, lean = (collate(sequences(crowd(), template), preamble=head) for head in (None, template.preamble))
+    assert lean.ids.shape[1] == whole.ids.shape[1] - len(template.preamble) and lean.preamble.tolist() == [list(template.preamble)]
     assert (lean.labels.gather(1, lean.at) != IGNORE).sum() == (whole.labels != IGNORE).sum()
     seen = []
     hook = model.model.layers[-1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     with torch.no_grad():
         answer_loss(model, lean)
     hook.remove()
-    assert seen == [1, max((row.labels != IGNORE).sum() for row in rows(crowd(), template))]
+    assert seen == [1, max((row.labels != IGNORE).sum() for row in sequences(crowd(), template))]
 
 
 def test_a_batch_is_the_sum_of_its_rows(made):
     """Padding to the longest row has no effect; its labels are IGNORE and its pairs add up."""
     template, model = made["release"]
-    built = rows(crowd(), template)
+    built = sequences(crowd(), template)
     batch = collate(built)
     assert batch.pairs == len(crowd()) and batch.ids.shape[1] == max(len(r.ids) for r in built)
     for row, labels in zip(built, batch.labels):
@@ -279,7 +279,7 @@ def test_a_batch_is_the_sum_of_its_rows(made):
     with torch.no_grad():
         alone = sum(batched_loss(model, [row]) for row in built)
         assert abs(batched_loss(model, built) / alone - 1) <= 1e-12
-    short = collate(rows(crowd(), made["short"][0]))
+    short = collate(sequences(crowd(), made["short"][0]))
     assert short.mask is None and short.positions is None, "the short form needs no mask"
 
 
@@ -291,7 +291,7 @@ def test_every_row_comes_once_an_epoch_in_batches_of_about_that_many_pairs(made)
     rng = np.random.default_rng(0)
     template, _ = made["short"]
     built = [row for user in range(300)
-             for row in rows(take(user, rng.integers(0, ITEMS, rng.integers(1, 15)).tolist()), template)]
+             for row in sequences(take(user, rng.integers(0, ITEMS, rng.integers(1, 15)).tolist()), template)]
     largest = max(row.pairs for row in built)
     for pairs in (1, 16, 64, 10_000):
         epoch = batches(built, pairs, torch.Generator().manual_seed(0))
@@ -309,7 +309,7 @@ def test_batches_are_seeded_shuffled_and_little_padded(made):
     rng = np.random.default_rng(0)
     template, _ = made["short"]
     built = [row for user in range(400)
-             for row in rows(take(user, rng.integers(0, ITEMS, rng.integers(1, 20)).tolist()), template)]
+             for row in sequences(take(user, rng.integers(0, ITEMS, rng.integers(1, 20)).tolist()), template)]
     generator = torch.Generator().manual_seed(5)
     torch.manual_seed(1)
     first, second = batches(built, 64, generator), batches(built, 64, generator)

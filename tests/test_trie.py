@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeso.trie import Trie
+from tests.conftest import draws
 from tests.reference import dict_trie, level_by_level_trie
 
-quick = settings(max_examples=150, deadline=None, derandomize=True)
+quick = draws(150)
 
 
 @st.composite

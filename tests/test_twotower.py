@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from minipeso.rivals.lightgcn import (Neighbours, Questions, Tower, adjacency, b
 from minipeso.metrics import hit_at
 from minipeso.rivals.pisa import PISA, PIW, Contrastive, largest, info_nce, js_divergence
 from minipeso.stages import Stage
+from tests.conftest import draws
 from tests.micro import micro, run
 
 U, I, D = 7, 9, 5
@@ -64,7 +65,7 @@ def test_bpr_is_its_formula():
     assert torch.autograd.gradcheck(bpr_loss, [x.requires_grad_(True) for x in (u, p, n)])
 
 
-@settings(max_examples=30, deadline=None)
+@draws(30)
 @given(seed=st.integers(0, 10**6), known=st.sets(st.integers(0, I - 1), min_size=4))
 def test_negatives_are_known_and_new_to_the_user(seed, known):
     """Every negative is an item known at the stage that the user has not had; all such items occur."""
@@ -133,7 +134,7 @@ def test_who_is_absent_stays():
     assert moved[:3].all() and not moved[3:U].any() and not moved[U + 6:].any()
 
 
-@settings(max_examples=20, deadline=None)
+@draws(20)
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 4))
 def test_neighbours_are_sampled_from_the_lists(seed, k):
     """All neighbours of a node with at most k, k of them otherwise, none of anybody else's."""

@@ -106,7 +106,7 @@ def export_merged(run: Reopened, target: Path) -> None:
         template = run.template
         items = {run.data.keys[item]: template.items[item].tolist() for item in run.known}
         (folder / "minipeso.json").write_text(json.dumps(
-            {"head": template.head, "separator": template.separator, "tail": template.tail, "window": run.cfg.window,
+            {"head": template.preamble, "separator": template.separator, "tail": template.tail, "window": run.cfg.window,
              "items": items}) + "\n")
     _whole(target, write)
 
@@ -148,7 +148,7 @@ def llama_version(cfg: Config) -> str | None:
 
 def _write_model(folder: Path, run: Reopened, merged: bool) -> None:
     model, cfg = run.model, run.cfg
-    bos, eos = run.template.head[0], None
+    bos, eos = run.template.preamble[0], None
     if prepare.from_scratch(cfg):
         config = asdict(model.config) | {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
                                          "rope_theta": model.config.rope_parameters["rope_theta"],

@@ -23,7 +23,7 @@ from minipeso.llama import Llama
 from minipeso.lora import adapters
 from minipeso.rivals.sasrec import SASRec, fit, relevance
 from minipeso.stages import Example, Stage, examples
-from minipeso.tokens import IGNORE, Template, collate, rows
+from minipeso.tokens import IGNORE, Template, collate, sequences
 
 
 class EvoRec:
@@ -139,7 +139,7 @@ def consistency(model: Llama, users: list[Example], template: Template, cfg: Con
     """evo_consistency * mean_x sum_c -p_old(c | x) log p_new(c | x) on a batch of inactive users, drawn anew at every
     step; x runs over the answer's positions. Original: in the code, switched off (use_kl=False)."""
     order = torch.randperm(len(users), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
-    groups = [collate(rows([users[i] for i in order[k:k + cfg.batch]], template), model.device)
+    groups = [collate(sequences([users[i] for i in order[k:k + cfg.batch]], template), model.device)
               for k in range(0, min(len(order), 8 * cfg.batch), cfg.batch)]  # ours: one of 8 batches a step
     if not groups:
         return lambda model: model.model.norm.weight.new_zeros(())

@@ -18,7 +18,7 @@ from minipeso.objective import answer_loss
 from minipeso.files.reviews import dataset_schema
 from minipeso.semantic_ids import LETTERS, SemanticIDs
 from minipeso.stages import Example, examples, statistics, statistics_table
-from minipeso.tokens import Template, collate, rows
+from minipeso.tokens import Template, collate, sequences
 
 # What the Hub holds and the paper's Table 4 counts, for a run whose data is not on this machine.
 LLAMA_1B = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
@@ -139,7 +139,7 @@ def _walk(model, data, ids, template, cfg, example: Example) -> list[tuple[str, 
 
     prompt = template.prompt(example.history).to(model.device)
     with torch.no_grad():
-        loss = answer_loss(model, collate(rows([example], template), model.device)).item()
+        loss = answer_loss(model, collate(sequences([example], template), model.device)).item()
     trie = Ranker(ids, data.known[example.stage - 1], template).trie.to(model.device)
     codes, scores = beam_search(model, [prompt], trie, template.first_token, cfg.beams)
     found = [(ids.item_of(code), score) for code, score in zip(codes[0].tolist(), scores[0].tolist()) if code[0] >= 0]

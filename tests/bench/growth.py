@@ -16,7 +16,7 @@ from minipeso.llama import Llama
 from minipeso.lora import adapters, inject, rewrap
 from minipeso.objective import stage_loss
 from tests.bench.llama import ALPHA, BEAMS, LEVELS, RANK, WINDOW, distinct_codes, draw_pairs, shape_of, trainable
-from minipeso.tokens import Template, batches, collate, rows
+from minipeso.tokens import Template, batches, collate, sequences
 from minipeso.trie import Trie
 
 N_CODES, USERS, ITEMS = 256, 64, 26_000
@@ -42,7 +42,7 @@ def search(model: Llama, trie: Trie, history: int, beams: int) -> tuple[Callable
 def epoch(model: Llama, users: int, penalty: str = "none") -> Callable:
     """AdamW over all pairs of `users` users once."""
     template = Template.short(distinct_codes(ITEMS), N_CODES)
-    data = rows(draw_pairs(ITEMS, users, 0), template)
+    data = sequences(draw_pairs(ITEMS, users, 0), template)
     optimiser = torch.optim.AdamW(trainable(model), lr=1e-4, fused=True)
 
     def run() -> None:

@@ -27,7 +27,7 @@ from minipeso.objective import answer_loss
 from minipeso.runs.prepare import llama_config
 from tests.bench.trie import nested
 from minipeso.stages import Example, Stage, examples
-from minipeso.tokens import IGNORE, Template, batches, code_tokens, collate, rows
+from minipeso.tokens import IGNORE, Template, batches, code_tokens, collate, sequences
 from minipeso.trie import Trie
 
 LEVELS, BEAMS, WINDOW, RANK, ALPHA = 4, 10, 20, 8, 16
@@ -124,7 +124,7 @@ def draw_pairs(n_items: int, users: int, seed: int) -> list[Example]:
 def like_length(template: Template, users: int, steps: int) -> list[list[Example]]:
     """The pairs of `steps` batches of an epoch, of about `users` users each, who are grouped by length as in training."""
     drawn = draw_pairs(len(template.items), users * POOL, 0)
-    alike = rows(drawn, template)  # a row a user: no window slides
+    alike = sequences(drawn, template)  # a row a user: no window slides
     pairs_of = {id(row): list(some) for row, (_, some) in zip(alike, groupby(drawn, attrgetter("user")), strict=True)}
     return [[pair for row in some for pair in pairs_of[id(row)]]
             for some in batches(alike, round(PAIRS * users), torch.Generator().manual_seed(0))[:steps]]
@@ -158,7 +158,7 @@ def train_contest(case: Case, users: int = 6, steps: int = 4, alone: bool = Fals
     data = ([lone_pairs(len(case.codes), users, seed) for seed in range(steps)] if alone
             else like_length(template, users, steps))
     contenders = {
-        "ours": (ours, lambda pairs: answer_loss(ours, collate(rows(pairs, template), ours.device, template.head))),
+        "ours": (ours, lambda pairs: answer_loss(ours, collate(sequences(pairs, template), ours.device, template.preamble))),
         "peft": (peer, partial(peer_loss, peer, template, False)),
         "peft, head on answers only": (peer, partial(peer_loss, peer, template, True))}
     equal = "loss to {:.0e}, gradient of A and B to {:.0e}".format(
@@ -198,7 +198,7 @@ def generate_contest(case: Case, users: int = 64, checked: bool = True) -> tuple
     first, n_codes = case.template.first_token, case.template.n_codes
     trie = Trie(torch.from_numpy(case.codes), n_codes).to(ours.device)
     tree = nested(torch.from_numpy(case.template.items))
-    runs = {"ours": partial(beam_search, ours, prompts, trie, first, BEAMS, computed(ours, case.template.head)),
+    runs = {"ours": partial(beam_search, ours, prompts, trie, first, BEAMS, computed(ours, case.template.preamble)),
             "generate": partial(peer_search, merged, prompts, tree, False),
             "generate, prompt once a user": partial(peer_search, merged, prompts, tree, True)}
     if not checked:
