@@ -1,12 +1,10 @@
-"""Llama 3.2, forward only: RMSNorm, scaled rotary positions, grouped-query attention, SwiGLU, and a key/value cache.
+"""Llama 3.2: RMSNorm, scaled rotary positions, grouped-query attention, SwiGLU, and a cache of keys and values.
 
-Commodity, not the paper's idea: skip it if you know Llama. Parameter names are the checkpoint's own
-(`model.layers.0.self_attn.q_proj.weight`), so that loading is a loop over names (hub.py).
+Nothing here is the paper's idea: skip it if you know Llama. Parameter names are the checkpoint's own
+(`model.layers.0.self_attn.q_proj.weight`), so loading is a loop over names (files/hub.py).
 
     n batch   l positions   d hidden_size   h heads   g key/value heads   e head_dim   V vocabulary
 """
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import dataclass, fields
@@ -15,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeso.cache import Beginning, KVCache
-
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The fields of the Hub's config.json that change the forward; nothing has a default, because
-    wrong defaults (transformers' own are not Llama-3.2's) build a wrong model in silence."""
+    """The fields of the Hub's config.json that change the forward. None has a default: a wrong one
+    (transformers' own are not Llama-3.2's) would build a wrong model in silence."""
 
     vocab_size: int
     hidden_size: int
@@ -35,14 +31,14 @@ class LlamaConfig:
     tie_word_embeddings: bool
 
     @classmethod
-    def from_dict(cls, config: dict) -> LlamaConfig:
-        """Reads config.json in its old form (rope_theta, rope_scaling) or transformers 5's
-        (rope_parameters). ValueError names a missing field or an unsupported value."""
+    def from_dict(cls, config: dict) -> "LlamaConfig":
+        """Reads config.json in its old form (rope_theta, rope_scaling) or in transformers 5's (rope_parameters).
+        ValueError names a missing field or an unsupported value."""
         config = dict(config)
         if config.get("rope_parameters") is None and "rope_theta" in config:
-            scaling = config.get("rope_scaling") or {}
-            config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"]}
-        missing = [f.name for f in fields(cls) if config.get(f.name) is None]
+            config["rope_parameters"] = {**(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if config.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         for name, allowed in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
@@ -52,7 +48,7 @@ class LlamaConfig:
         if heads % groups:
             raise ValueError(f"config.json has {heads} heads, no multiple of {groups} key/value heads")
         rope_frequencies(config["rope_parameters"], config["head_dim"])  # fails here if it is unknown
-        return cls(**{f.name: config[f.name] for f in fields(cls)})
+        return cls(**{name: config[name] for name in names})
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -60,23 +56,21 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rope_frequencies(rope: dict, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The rotation speed of every pair of head dimensions, (head_dim / 2,) `dtype`.
+def rope_frequencies(rope: dict, head_dim: int, dtype: torch.dtype = torch.float32, device="cpu") -> Tensor:
+    """The rotation speed theta^(-2i/e) of each pair of dimensions, (e/2,).
 
-    theta^(-2i/e); with rope_type llama3, wavelengths above the original context are slowed down by
-    `factor`, short ones are kept, and those between are blended linearly in 1/wavelength.
-    Source: the Hub's config (factor 32 for 3.2; Meta's reference code hard-codes 8, which is 3.1's).
+    With rope_type llama3, wavelengths above the original context are slowed down by `factor`, short ones
+    are kept, and those between are blended linearly in 1/wavelength. The Hub's Llama 3.2 has factor 32 (3.1: 8).
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
-    need = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                                      "original_max_position_embeddings")}
+    scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    need = {"default": (), "llama3": scaling}
     if kind not in need:
         raise ValueError(f"config.json has rope_type {kind!r}; known are {', '.join(need)}")
     missing = [name for name in ("rope_theta", *need[kind]) if rope.get(name) is None]
     if missing:
         raise ValueError(f"config.json's rope parameters lack {', '.join(missing)}")
-    # on the CPU even where a model is built without weights: the first arange on "meta" imports hundreds of modules
-    speed = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=dtype, device="cpu") / head_dim)  # (e/2,)
+    speed = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)  # (e/2,)
     if kind == "default":
         return speed
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -96,25 +90,12 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)  # cast first, then scale: transformers' order, matters in bf16
 
 
-class Rotary(nn.Module):
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        self.config = config
-        self.register_buffer("speed", self.frequencies(torch.float32), persistent=False)  # (e/2,)
-
-    def frequencies(self, dtype: torch.dtype) -> Tensor:
-        return rope_frequencies(self.config.rope_parameters, self.config.head_dim, wide(dtype))
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        # .to(bfloat16) would have rounded the angles
-        self.speed = self.frequencies(self.speed.dtype).to(self.speed.device)
-        return self
-
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angle = positions[..., None].to(self.speed.dtype) * self.speed  # (1 or n, l, e/2)
-        angle = torch.cat([angle, angle], -1)[:, None]  # (1 or n, 1, l, e)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+def rotary(config: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions' angles, computed in float32 or better: bfloat16 would round them."""
+    speed = rope_frequencies(config.rope_parameters, config.head_dim, wide(dtype), positions.device)  # (e/2,)
+    angle = positions[..., None] * speed  # (1 or n, l, e/2)
+    angle = torch.cat([angle, angle], -1)[:, None]  # (1 or n, 1, l, e)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -123,12 +104,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def rows_of(mask: Tensor | None, at: Tensor, l: int) -> Tensor:
-    """The rows at (n, m) of a mask (l, all) or (n, 1, l, all), or of the causal one: (n, 1, m, all)."""
-    if mask is None:
-        mask = torch.ones(l, l, dtype=torch.bool, device=at.device).tril()
-    mask = mask.expand(len(at), 1, *mask.shape[-2:])
-    return mask[torch.arange(len(at), device=at.device)[:, None], 0, at][:, None]
+class KVCache:
+    """Keys and values of all positions so far. Those of one sequence serve all sequences that begin with it: a
+    preamble is computed once per batch, in training and in decoding. Nothing is overwritten, so gradients pass."""
+
+    def __init__(self):
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values (n, g, length, e) of each layer
+
+    @property
+    def length(self) -> int:
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends k and v (n, g, l, e); returns all of the layer's, (n, g, length + l, e) each."""
+        if layer in self.layers:
+            past = (t.expand(len(k), -1, -1, -1) for t in self.layers[layer])
+            k, v = (torch.cat(pair, 2) for pair in zip(past, (k, v)))
+        self.layers[layer] = k, v
+        return k, v
 
 
 class Attention(nn.Module):
@@ -142,27 +135,29 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, g * e, bias=False)
         self.o_proj = nn.Linear(h * e, d, bias=False)
 
-    def forward(self, asking, x, ropes, mask, cache, layer) -> Tensor:
-        n, m, l = len(x), asking.shape[1], x.shape[1]
-        q = self.q_proj(asking).view(n, m, -1, self.e).transpose(1, 2)  # (n, h, m, e)
-        k = self.k_proj(x).view(n, l, -1, self.e).transpose(1, 2)  # (n, g, l, e)
-        v = self.v_proj(x).view(n, l, -1, self.e).transpose(1, 2)  # (n, g, l, e)
-        q, k = rotate(q, *ropes[0]), rotate(k, *ropes[1])
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (n, g, length + l, e)
-        if self.repeat > 1:
+    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        q = rotate(self.split(self.q_proj(x)), *rope)  # (n, h, l, e)
+        k, v = self.keys_values(x, rope, cache, layer)  # (n, g, length + l, e)
+        if not x.is_cpu:  # GPUs' masked kernels know no groups: torch would fall back to a slow one
             k, v = (t.repeat_interleave(self.repeat, 1) for t in (k, v))  # (n, h, length + l, e)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(y.transpose(1, 2).reshape(n, m, -1))  # (n, m, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=x.is_cpu)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (n, l, d)
+
+    def keys_values(self, x: Tensor, rope, cache: KVCache | None, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of x (n, l, d), behind those in the cache."""
+        k, v = rotate(self.split(self.k_proj(x)), *rope), self.split(self.v_proj(x))  # (n, g, l, e)
+        return cache.extend(layer, k, v) if cache else (k, v)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.e)).transpose(1, 2)  # (n, l, h * e) -> (n, h, l, e)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, d: int, inner: int):
         super().__init__()
-        d, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, wide, bias=False)
-        self.up_proj = nn.Linear(d, wide, bias=False)
-        self.down_proj = nn.Linear(wide, d, bias=False)
+        self.gate_proj = nn.Linear(d, inner, bias=False)
+        self.up_proj = nn.Linear(d, inner, bias=False)
+        self.down_proj = nn.Linear(inner, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -174,21 +169,17 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, ropes, mask, cache, layer, at=None) -> Tensor:
-        y = asking = self.input_layernorm(x)
-        if at is not None:
-            x, asking = (t.gather(1, at[..., None].expand(-1, -1, t.shape[-1])) for t in (x, y))  # (n, m, d)
-        x = x + self.self_attn(asking, y, ropes, mask, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))  # (n, l, d)
 
 
 class TokenTable(nn.Module):
-    """The vocabulary's vectors: `weight` (V_text, d) from the checkpoint and, once the semantic-ID
-    tokens are added, `rows` (V_new, d) behind them. They are two parameters so that the new rows
-    can be trained without gradients, optimiser state or weight decay touching the old ones; and so
-    that they can stay float32 beside a bfloat16 checkpoint, as what is trained must."""
+    """The vocabulary's vectors: `weight` (V_text, d) of the checkpoint and, behind them, `rows` (V_new, d)
+    of the semantic-ID tokens. Two parameters, so that the rows can be trained without touching the others,
+    and in float32 beside a bfloat16 checkpoint."""
 
     def __init__(self, vocab: int, d: int):
         super().__init__()
@@ -210,14 +201,14 @@ class TokenTable(nn.Module):
         y = F.linear(x, self.weight)
         return y if self.rows is None else torch.cat([y, F.linear(x, self.rows.to(x.dtype))], -1)  # (..., V)
 
-    def log_p(self, x: Tensor, first: int, count: int, at_once: int = 16384) -> Tensor:
-        """log softmax(logits)[first : first + count], (..., count): the softmax is over the whole vocabulary, of
-        which no more than `at_once` logits exist at a time."""
-        old, rows = len(self.weight), self.weight[:0] if self.rows is None else self.rows.to(x.dtype)
-        parts = [*self.weight.split(at_once), *rows.split(at_once)]
-        total = torch.stack([F.linear(x, part).to(wide(x.dtype)).logsumexp(-1) for part in parts if len(part)])
-        some = torch.cat([self.weight[first:first + count], rows[max(first - old, 0):max(first + count - old, 0)]])
-        return F.linear(x, some).to(wide(x.dtype)) - total.logsumexp(0)[..., None]
+    def log_p(self, x: Tensor, first: int, count: int) -> Tensor:
+        """log softmax(logits)[first : first + count] -> (..., count), a block of the whole vocabulary at a time."""
+        rows = self.weight[:0] if self.rows is None else self.rows.to(x.dtype)
+        blocks = [*self.weight.split(16384), *rows.split(16384)]
+        sums = torch.stack([F.linear(x, block).to(wide(x.dtype)).logsumexp(-1) for block in blocks if len(block)])
+        old = max(first - len(self.weight), 0), max(first + count - len(self.weight), 0)
+        some = torch.cat([self.weight[first:first + count], rows[slice(*old)]])  # (count, d)
+        return F.linear(x, some).to(wide(x.dtype)) - sums.logsumexp(0)[..., None]
 
 
 class LlamaModel(nn.Module):
@@ -226,36 +217,29 @@ class LlamaModel(nn.Module):
         self.embed_tokens = TokenTable(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = Rotary(config)
+        self.config = config
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
-                cache: KVCache | Beginning | None = None, at: Tensor | None = None) -> Tensor:
-        """Last hidden states (n, l, d) of ids (n, l); with at (n, m), of these m positions alone, (n, m, d): then
-        the last layer computes keys and values for all, everything else for them.
+                cache: KVCache | None = None, states: bool = True) -> Tensor | None:
+        """Last hidden states (n, l, d) of ids (n, l); with states=False none: then the cache is all that is wanted.
 
-        positions (n, l): of each token; counted on from the cache if not given. mask (n, 1, l, all):
-        which of the cached and new positions each token may see; causal if not given. The two
-        together let l tokens be the branches of a tree: several answers of one user in training
-        (tokens.py), the beams of one user in decoding (beam.py).
+        positions (n, l) of the tokens: by default they go on from the cache. mask (n, 1, l, length + l), which cached
+        and new tokens each may see: by default those before it. Together they let l tokens be branches of a tree, a
+        user's answers in training (tokens.py) or beams in decoding (beam.py).
         """
-        past = cache.length if cache is not None else 0
-        l = ids.shape[1]
+        past, l = cache.length if cache else 0, ids.shape[1]
         if positions is None:
             positions = torch.arange(past, past + l, device=ids.device)[None]  # (1, l)
         if mask is None and past:
             mask = torch.ones(l, past + l, dtype=torch.bool, device=ids.device).tril(past)  # (l, past + l)
         x = self.embed_tokens(ids).to(self.norm.weight.dtype)  # (n, l, d)
-        ropes = 2 * [self.rotary(positions, x.dtype)]  # of queries and keys
+        rope = rotary(self.config, positions, x.dtype)
         *most, last = self.layers
-        for i, layer in enumerate(most):
-            x = layer(x, ropes, mask, cache, i)
-        if at is not None:
-            ropes[0] = self.rotary(positions.expand(ids.shape).gather(1, at), x.dtype)
-            mask = rows_of(mask, at, l)
-        x = last(x, ropes, mask, cache, len(most), at)
-        if cache is not None:
-            cache.advance(l)
-        return self.norm(x)
+        for i, block in enumerate(most):
+            x = block(x, rope, mask, cache, i)
+        if states:
+            return self.norm(last(x, rope, mask, cache, len(most)))
+        last.self_attn.keys_values(last.input_layernorm(x), rope, cache, len(most))  # the rest of it is not needed
 
 
 class Llama(nn.Module):
@@ -289,7 +273,7 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
-    def initialise(self, generator: torch.Generator, std: float = 0.02) -> Llama:
+    def initialise(self, generator: torch.Generator, std: float = 0.02) -> "Llama":
         """Random weights N(0, std^2) for a model trained from scratch (norms start at one)."""
         for name, p in self.named_parameters():
             if "norm" not in name:

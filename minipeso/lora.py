@@ -5,8 +5,6 @@
 A method of the cumulative family is a subclass (cumulative.py) with its own `factors`, what the
 adapter adds to W_0, `advance`, what happens when a stage begins, and `trained`, what may move in it.
 """
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +28,7 @@ class LoRALinear(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
         if rank < 1:
-            raise ValueError(f"LoRA needs rank >= 1, got {rank}")
+            raise ValueError(f"a LoRA adapter needs a rank of at least 1\nrank={rank}\ngive a rank >= 1, such as 8")
         d_out, d_in = linear.weight.shape
         self.weight = linear.weight.requires_grad_(False)  # (d_out, d_in), under the checkpoint's name
         self.scale, self.dropout = alpha / rank, nn.Dropout(dropout)
@@ -43,15 +41,15 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """A new adapter, anchored at itself."""
-        bound = 1 / math.sqrt(self.A.shape[1])  # = kaiming_uniform(a = sqrt(5)), as in loralib and peft
+        """A new adapter, anchored at itself. The bound is that of loralib and peft: kaiming_uniform, a = sqrt(5)."""
+        bound = 1 / math.sqrt(self.A.shape[1])
         self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
         self.B.zero_()
         self.anchor()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) with W = W_0 + s B A: what the layer computes, merges and exports."""
-        return self.A, self.B
+        return self.A, self.B  # (r, d_in), (d_out, r)
 
     def trained(self) -> list[nn.Parameter]:
         """What a stage may move."""
@@ -59,51 +57,50 @@ class LoRALinear(nn.Module):
 
     def delta(self, x: Tensor) -> Tensor:
         """s B A dropout(x): (..., d_in) -> (..., d_out)."""
-        A, B = self.factors()
-        z = F.linear(self.dropout(x), A.to(x.dtype))  # (..., r)
-        # s on the narrow side; B^T laid out by rows, so that its gradient is z^T dy: MKL is far slower at dy^T z
-        return (z * self.scale) @ B.to(x.dtype).t().contiguous()  # (..., d_out)
+        A, B = (M.to(x.dtype) for M in self.factors())  # (r, d_in), (d_out, r)
+        return F.linear(self.scale * F.linear(self.dropout(x), A), B)  # s where x is narrow, (..., r)
 
     @torch.no_grad()
     def anchor(self) -> None:
-        self.A_prev.copy_(self.A)
-        self.B_prev.copy_(self.B)
+        """v_{t-1} <- v_t."""
+        self.A_prev.copy_(self.A)  # (r, d_in)
+        self.B_prev.copy_(self.B)  # (d_out, r)
 
     def advance(self, generator: torch.Generator | None = None) -> None:
-        """A new stage begins: the adapter that the last one left becomes its anchor (v_{t-1} <- v_t).
-        `generator` is for subclasses that draw a new adapter."""
+        """A new stage begins. `generator` is for subclasses that draw a new adapter."""
         self.anchor()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight).add_(self.delta(x))  # in place: no third array of this size
+        return F.linear(x, self.weight).add_(self.delta(x))  # (..., d_out), in place: no third array of this size
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W_0 + s B A, (d_out, d_in) in the layer's dtype."""
-        A, B = self.factors()
-        return (self.weight + self.scale * B @ A).to(self.weight.dtype)
+        """W_0 + s B A in the layer's dtype, rounded once."""
+        A, B = self.factors()  # (r, d_in), (d_out, r)
+        return (self.weight + self.scale * B @ A).to(self.weight.dtype)  # (d_out, d_in)
 
 
 def inject(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets=TARGETS,
-           adapter: type[LoRALinear] = LoRALinear, generator: torch.Generator | None = None) -> None:
-    """Puts an adapter around every nn.Linear whose last name is in `targets`, and freezes all else."""
+           generator: torch.Generator | None = None) -> None:
+    """Puts an adapter around every nn.Linear whose last name is in `targets`, and freezes all else.
+    ValueError if a target names no layer: the adapter would be smaller than asked for, in silence."""
     model.requires_grad_(False)
-    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
-             if name in targets and isinstance(child, nn.Linear)]
-    unknown = sorted(set(targets) - {name for _, name, _ in found})
-    if unknown or not found:
-        raise ValueError(f"no linear layer is named {', '.join(unknown)}")
-    for parent, name, linear in found:
-        layer = adapter(linear, rank, alpha, dropout)
-        layer.reset(generator)
-        setattr(parent, name, layer)
+    linears = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+               if isinstance(child, nn.Linear)]
+    names = {name for _, name, _ in linears}
+    if not targets or not set(targets) <= names:
+        raise ValueError(f"no linear layer is named {', '.join(sorted(set(targets) - names))}\n"
+                         f"targets={tuple(targets)}\nthis model's linear layers are {', '.join(sorted(names))}")
+    for parent, name, linear in linears:
+        if name in targets:
+            layer = LoRALinear(linear, rank, alpha, dropout)
+            layer.reset(generator)
+            setattr(parent, name, layer)
 
 
 def rewrap(model: nn.Module, adapter: type[LoRALinear]) -> None:
     """Makes every adapted layer one of class `adapter` that continues from the same A and B."""
-    for name, old in list(adapters(model)):
-        if type(old) is adapter:
-            continue
+    for name, old in [(name, layer) for name, layer in adapters(model) if type(layer) is not adapter]:
         new = adapter(old, len(old.A), old.scale * len(old.A), old.dropout.p)
         with torch.no_grad():
             new.A.copy_(old.A)
@@ -111,6 +108,12 @@ def rewrap(model: nn.Module, adapter: type[LoRALinear]) -> None:
         new.anchor()
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
+
+
+def advance(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """v_{t-1} <- v_t: the anchor moves up, in every adapted layer."""
+    for _, layer in adapters(model):
+        layer.advance(generator)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

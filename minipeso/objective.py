@@ -1,37 +1,32 @@
-"""What a stage minimises (Eq. 12): cross-entropy on the stage's answers, and a pull towards the previous adapter.
+"""What a stage minimises: cross-entropy on its answers, and a pull towards the previous adapter (Eq. 12).
 
     L_t = CE(D_t) + lam * sum_g KL( softmax(v_t^(g)) || softmax(v_{t-1}^(g)) )
 """
-from __future__ import annotations
-
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeso.cache import Beginning
-from minipeso.llama import Llama
+from minipeso.llama import KVCache, Llama
 from minipeso.lora import LoRALinear, adapters, watching
-from minipeso.proximal import PROXIMALS, output_kl
+from minipeso.proximal import PENALTIES, Layer, output_kl, proximal_term
 from minipeso.tokens import IGNORE, Batch
 
 
 def answer_loss(model: Llama, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Eq. 2: the mean of -log p over the answers' tokens. The head sees only their positions."""
-    start = None
-    if batch.preamble is not None:
-        start, end = Beginning(), batch.preamble.new_tensor([[batch.preamble.shape[1] - 1]])
-        model.model(batch.preamble, cache=start, at=end)
-    hidden = model.model(batch.ids, batch.positions, batch.mask, start, batch.at)  # (n, l or m, d)
-    labels = batch.labels if batch.at is None else batch.labels.gather(1, batch.at)
+    """CE, the mean of -log p over the answers' tokens (Eq. 2). The head sees only their positions.
+    Paper, literally: the sum over an item's four tokens. Release, here: their mean; lam weighs four times as much."""
+    p, cache = batch.preamble, KVCache()
+    if p:  # the preamble is computed once for all sequences
+        model.model(batch.ids[:1, :p], cache=cache, states=False)
+    positions, mask = (batch.positions[:, p:], batch.mask[:, :, p:]) if p else (batch.positions, batch.mask)
+    hidden = model.model(batch.ids[:, p:], positions, mask, cache)  # (n, l - p, d)
+    labels = batch.labels[:, p:]  # (n, l - p)
     real = labels != IGNORE
-    logits = model.head(hidden[real])  # (answers * L, V)
-    return F.cross_entropy(logits if temperature == 1 else logits / temperature, labels[real])
+    return F.cross_entropy(model.head(hidden[real]) / temperature, labels[real])  # logits (answers * L, V)
 
 
-def anchored(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(A, B, A_prev, B_prev) of every adapted layer."""
+def anchored(model: nn.Module) -> list[Layer]:
     return [(layer.A, layer.B, layer.A_prev, layer.B_prev) for _, layer in adapters(model)]
 
 
@@ -41,31 +36,29 @@ class Loss(NamedTuple):
     total: Tensor
 
 
-def stage_loss(model: Llama, batch: Batch, penalty: str, lam: float, temperature: float = 1.0,
-               groups: str = "module", reduction: str = "sum", scale: str = "none") -> Loss:
-    """Eq. 12 (Eq. 6 with penalty "l2" or "quadratic"): CE + lam * penalty over the groups of the adapter."""
-    if penalty == "none":
-        ce = answer_loss(model, batch, temperature)
-        return Loss(ce, ce.new_zeros(()), ce)
+def stage_loss(model: Llama, batch: Batch, penalty: str = "none", lam: float = 0.0, temperature: float = 1.0,
+               grouping: tuple[str, str, str] = ("module", "sum", "none")) -> Loss:
+    """CE + lam * penalty over the groups of the adapter: Eq. 12 with penalty "kl", Eq. 6 with "l2" or "quadratic".
+    penalty: a name of PENALTIES, "output-kl" or "none". grouping: proximal_term's (groups, reduction, scale)."""
     if penalty == "output-kl":
-        ce, prox = output_loss(model, batch, temperature, reduction)
+        ce, prox = output_loss(model, batch, temperature, *grouping[1:])
     else:
         ce = answer_loss(model, batch, temperature)
-        prox = PROXIMALS[penalty](anchored(model), groups, reduction, scale)
+        if penalty == "none":
+            return Loss(ce, ce.new_zeros(()), ce)
+        prox = proximal_term(anchored(model), PENALTIES[penalty], *grouping)
     return Loss(ce, prox, ce + lam * prox)
 
 
-def output_loss(model: Llama, batch: Batch, temperature: float, reduction: str) -> tuple[Tensor, Tensor]:
-    """(CE, sum or mean over layers of output_kl): what each adapter and its anchor make of the layer's
-    input in this very forward pass, on real tokens, without dropout."""
+def output_loss(model: Llama, batch: Batch, temperature: float, reduction: str, scale: str) -> tuple[Tensor, Tensor]:
+    """(CE, output_kl summed or averaged over layers). A layer's input x, read off the CE's own forward pass, on
+    real tokens and without dropout, is a constant of the penalty: it pulls on the layer's own A and B alone."""
     layers = []
-
     def see(name: str, layer: LoRALinear, x: Tensor) -> None:
-        x = x[batch.real].to(layer.A.dtype) * layer.scale  # (tokens, d_in)
-        y, y_prev = F.linear(F.linear(x, layer.A), layer.B), F.linear(F.linear(x, layer.A_prev), layer.B_prev)
-        layers.append(output_kl(y, y_prev))
+        x = layer.scale * x.detach()[batch.real].to(layer.A.dtype)  # (tokens, d_in)
+        y, y_prev = x @ layer.A.T @ layer.B.T, x @ layer.A_prev.T @ layer.B_prev.T  # (tokens, d_out)
+        layers.append(output_kl(y, y_prev) * (y.shape[-1] if scale == "size" else 1))
 
     with watching(model, see):
-        ce = answer_loss(model, batch, temperature)
-    total = torch.stack(layers).sum()
-    return ce, total / len(layers) if reduction == "mean" else total
+        ce = answer_loss(model, batch._replace(preamble=0), temperature)  # the layers see every token of every sequence
+    return ce, sum(layers) / (len(layers) if reduction == "mean" else 1)

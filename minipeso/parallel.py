@@ -1,22 +1,18 @@
-"""Several processes, one a GPU (or a few on a CPU), as `torchrun --nproc_per_node N train.py ...` starts them.
+"""Several processes, one per GPU (or a few on a CPU), as `torchrun --nproc_per_node N train.py ...` starts them.
 
-Every process learns from its share of each batch, torch's DistributedDataParallel adding up the gradients, and
-ranks its share of the users; the first alone prints and writes. All see one file system.
-Without torchrun there is one process, and nothing here does anything.
+Each learns from its share of every batch, gradients are averaged, and each ranks its share of the users; the first
+alone prints and writes. All see one file system. Without torchrun there is one process, and nothing here does anything.
 """
-from __future__ import annotations
-
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
 
 
-@contextmanager
+@contextlib.contextmanager
 def joined(device: str) -> Iterator[None]:
     """Inside, the processes that torchrun started know of each other. ValueError if there are more than GPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -35,12 +31,6 @@ def joined(device: str) -> Iterator[None]:
     distributed.destroy_process_group()  # after a failure torchrun ends the others
 
 
-def alone(instead: str) -> None:
-    """ValueError if torchrun started several processes of a command that is one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"this command is one process\ntorchrun started {os.environ['WORLD_SIZE']}\nuse {instead}")
-
-
 def size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
@@ -50,9 +40,9 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def first_goes_ahead() -> Iterator[None]:
-    """The first process runs what is inside, then the others, who find on disk what it wrote."""
+    """The first process runs what is inside, then the others, who find on the disk what it wrote."""
     if rank():
         distributed.barrier()
     yield
@@ -65,6 +55,11 @@ def share(some: Sequence) -> Sequence:
     return some[rank()::size()]
 
 
+def part(batch: Sequence) -> Sequence:
+    """This process's share of a batch; all take one whole that has fewer sequences than processes: the same average."""
+    return share(batch) if len(batch) >= size() else batch
+
+
 def total(x: Tensor) -> Tensor:
     """The sum over the processes."""
     if size() == 1:
@@ -74,6 +69,11 @@ def total(x: Tensor) -> Tensor:
     return there.to(x.device)
 
 
-def adding_up(module: nn.Module) -> nn.Module:
-    """The module, whose gradients become the mean over the processes; all start from the first one's parameters."""
-    return module if size() == 1 else nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+def average_gradients(parameters: Iterable[nn.Parameter], weight: int) -> None:
+    """The gradient of the whole batch: the mean over the processes, each weighted by the pairs of its share."""
+    if size() > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten().float() for g in gradients] + [gradients[0].new_ones(1).float()]) * weight
+        flat = total(flat)
+        for g, whole in zip(gradients, (flat[:-1] / flat[-1]).split([g.numel() for g in gradients])):
+            g.copy_(whole.view_as(g))

@@ -1,6 +1,4 @@
 """Shared fixtures: where the real data lies, one thread and the same drawn cases on every machine."""
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,6 +1,4 @@
 """A Hub on this machine: the resolve protocol over HTTP, for the real huggingface_hub client, with faults on demand."""
-from __future__ import annotations
-
 import hashlib
 import threading
 import time
@@ -17,22 +15,14 @@ class Hub:
     flipped byte under the true hash)."""
 
     def __init__(self, root: Path):
-        self.root, self.fault, self.token, self.main = root, {}, None, COMMIT
-        self.requests: list[str] = []
-        self.headers: list[dict] = []
+        self.root, self.fault, self.token, self.requests, self.headers = root, {}, None, [], []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args):
-                pass
-
-            def do_HEAD(self):
-                hub.answer(self, body=False)
-
-            def do_GET(self):
-                hub.answer(self, body=True)
+            log_message = lambda self, *args: None  # noqa: E731
+            do_HEAD = lambda self: hub.answer(self, body=False)  # noqa: E731
+            do_GET = lambda self: hub.answer(self, body=True)  # noqa: E731
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -48,14 +38,12 @@ class Hub:
         cdn = path.startswith("cdn/")
         repo, _, rest = path.removeprefix("cdn/").partition("/resolve/")
         revision, _, name = rest.partition("/")
-        if path == "move":  # what "main" means changes
-            self.main = "d" * 40
-            return self.refuse(request, 200)
-        self.commit = revision if len(revision) == 40 else self.main
+        self.commit = revision if len(revision) == 40 else COMMIT
         file, fault = self.root / repo / name, self.fault.get(name.rpartition("/")[2])
         if not (self.root / repo).is_dir():
             return self.refuse(request, 404, "RepoNotFound")
-        if fault == "forbidden" or (fault == "gated" and request.headers.get("Authorization") != f"Bearer {self.token}"):
+        stranger = request.headers.get("Authorization") != f"Bearer {self.token}"
+        if fault == "forbidden" or fault == "gated" and stranger:
             return self.refuse(request, 403 if fault == "forbidden" else 401, "GatedRepo")
         if fault == "revision":
             return self.refuse(request, 404, "RevisionNotFound")
@@ -87,12 +75,11 @@ class Hub:
                 request.send_header(key, value)
             return request.end_headers()
         start = int(request.headers.get("Range", "bytes=0-").partition("=")[2].partition("-")[0])
-        whole = data
         if fault == "damaged":
             data = data[:-1] + bytes([data[-1] ^ 1])
         request.send_response(206 if start else 200)
         if start:
-            request.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
+            request.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         for key, value in (("ETag", f'"{etag}"'), ("X-Repo-Commit", self.commit), ("Accept-Ranges", "bytes"),
                            ("Content-Length", str(len(data) - start))):
             request.send_header(key, value)

@@ -1,6 +1,4 @@
 """Slow, obvious versions of what the package computes fast: loops, textbook formulas."""
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -18,15 +16,26 @@ def log_softmax(v: list[float]) -> list[float]:
 
 
 def textbook_softmax_kl(v: list[float], v_prev: list[float]) -> tuple[float, list[float]]:
-    """sum_i r_i log(r_i / p_i), and its gradient r_i (l_i - sum_j r_j l_j) with l = log(r / p).
-
-    Good for steps down to about 1e-6; below that float64 itself cancels.
-    """
+    """sum_i r_i log(r_i / p_i), gradient r_i (l_i - sum_j r_j l_j), l = log(r / p); good for steps above 1e-6."""
     log_r, log_p = log_softmax(v), log_softmax(v_prev)
-    r = [math.exp(x) for x in log_r]
-    log_ratio = [a - b for a, b in zip(log_r, log_p)]
+    r, log_ratio = [math.exp(x) for x in log_r], [a - b for a, b in zip(log_r, log_p)]
     kl = math.fsum(a * b for a, b in zip(r, log_ratio))
     return kl, [a * (b - kl) for a, b in zip(r, log_ratio)]
+
+
+def exact_softmax_kl(v: torch.Tensor, v_prev: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(KL, its gradient) of one group (n,), to the last digits of the dtype however small the step v - v_prev is.
+
+    With x = log(p / r) = log E_p[e^d] - d, no term of KL = sum_i r_i (e^x_i - 1 - x_i) is negative, for
+    sum_i r_i e^x_i = 1; and dKL/dv_i = r_i (d_i - E_r[d]). Good as long as e^d does not overflow."""
+    r, p, d = v.softmax(-1), v_prev.softmax(-1), v - v_prev
+    d = d - (p * d).sum()
+    x = (p * torch.expm1(d)).sum().log1p() - d
+    series = torch.ones_like(x)  # e^x - 1 - x = x^2/2 (1 + x/3 (1 + x/4 (1 + ...))) where it would cancel
+    for k in range(11, 2, -1):
+        series = 1 + x / k * series
+    kl = torch.where(x.abs() < 0.1, r * x * x / 2 * series, p - r - r * x).sum()
+    return kl, r * (d - (r * d).sum())
 
 
 def full_matrix_sinkhorn(distances, eps: float, iterations: int):
@@ -58,15 +67,11 @@ def release_repair(codes, residual, codebook, rounds: int):
     return codes
 
 
-# ---- Llama
-
-
 # a toy of every part: grouped heads, all three ranges of llama3's rotary scaling, a free head_dim
 TOY = {"vocab_size": 96, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
-       "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0,
-                           "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                           "original_max_position_embeddings": 64},
+       "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                           "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
        "tie_word_embeddings": True}
 
 
@@ -88,8 +93,8 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 def transformers_llama(seed: int = 0, **changes):
     """The peer's model of the same kind; its own weights, to be saved and read back."""
     transformers = pytest.importorskip("transformers")
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **{**TOY, "bos_token_id": None, "eos_token_id": None, **changes}))
+    shape = TOY | {"bos_token_id": None, "eos_token_id": None} | changes
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
     randomise(model, seed)
     return model.eval()
 
@@ -151,37 +156,18 @@ def answer_log_p(model: Llama, prompt: list[int], answer: list[int]) -> float:
     return sum(logits[len(prompt) - 1 + i].log_softmax(-1)[token].item() for i, token in enumerate(answer))
 
 
-# ---- the catalogue
-
-
-def dict_trie(rows) -> dict:
-    """Nested dictionaries: trie[c1][c2]... for every row of codes."""
+def dict_trie(codes) -> dict:
+    """Nested dictionaries: trie[c1][c2]... for every item's codes."""
     trie: dict = {}
-    for row in rows:
+    for item in codes:
         node = trie
-        for code in row:
+        for code in item:
             node = node.setdefault(int(code), {})
     return trie
 
 
-def level_by_level_trie(codes: torch.Tensor, n_codes: int) -> tuple[list, list, list, int]:
-    """The flat trie's (first, code, width, leaves), all int64: every item is sorted again at every level."""
-    codes = codes.long()
-    first, code, width = [], [], []
-    parent_of, nodes = torch.zeros(len(codes), dtype=torch.long), 1
-    for level in range(codes.shape[1]):
-        keys, child_of = torch.unique(parent_of * n_codes + codes[:, level], return_inverse=True)
-        fan_out = torch.bincount(keys // n_codes, minlength=nodes)
-        first.append(torch.cat([fan_out.new_zeros(1), fan_out.cumsum(0)]))
-        code.append(keys % n_codes)
-        width.append(int(fan_out.max()))
-        parent_of, nodes = child_of, len(keys)
-    return first, code, width, nodes
-
-
 @torch.no_grad()
-def slow_beam(model: Llama, prompt: list[int], trie: dict, first_token: int, n_codes: int,
-              beams: int) -> list[tuple[float, tuple[int, ...]]]:
+def slow_beam(model: Llama, prompt: list[int], trie: dict, first_token: int, n_codes: int, beams: int) -> list[tuple]:
     """(score, codes), best first: every prefix kept is run through the whole model, from its start."""
     kept, level = [(0.0, (), trie)], 0
     while any(node for _, _, node in kept):

@@ -1,15 +1,13 @@
 """Beam search against scoring every item, a slow search that keeps no cache, and transformers' generate()."""
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-from minipeso.beam import beam_search, computed
+from minipeso.beam import beam_search
 from minipeso.files.hub import load_llama
-from minipeso.llama import Llama, TokenTable
+from minipeso.llama import Llama
 from minipeso.lora import adapter_parameters, inject
 from minipeso.trie import Trie
 from tests.conftest import draws
@@ -36,43 +34,47 @@ def prompts(lengths, seed: int = 0, vocab: int = 1 + N_CODES) -> list[torch.Tens
 
 def ranked(model: Llama, prompt: torch.Tensor, codes: torch.Tensor, first_token: int) -> list[tuple]:
     """(log p, codes) of every different item, best first: the exhaustive answer."""
-    found = [(answer_log_p(model, prompt.tolist(), [first_token + i * N_CODES + c for i, c in enumerate(item)]), item)
-             for item in set(map(tuple, codes.tolist()))]
-    return sorted(found, reverse=True)
+    scored = [(answer_log_p(model, prompt.tolist(), [first_token + i * N_CODES + c for i, c in enumerate(item)]), item)
+              for item in set(map(tuple, codes.tolist()))]
+    return sorted(scored, reverse=True)
+
+
+def assert_best(codes: torch.Tensor, scores: torch.Tensor, want: list[tuple]) -> None:
+    """One user's codes (beams, L) and scores (beams,) are `want`, to 1e-10, and behind it nothing: -1 and -inf."""
+    n = len(want)
+    assert list(map(tuple, codes[:n].tolist())) == [item for _, item in want]
+    error = (scores[:n] - torch.tensor([p for p, _ in want], dtype=torch.float64)).abs().max()
+    assert error <= 1e-10, f"scores off by {error:.1e}"
+    assert (codes[n:] == -1).all() and (scores[n:] == -torch.inf).all()
 
 
 # ---- what it finds
 
 
 @pytest.mark.parametrize("levels, items, first_token", [(4, 40, 1), (1, 5, 1), (2, 30, 11), (3, 1, 4)])
-def test_a_wide_beam_ranks_every_item(levels, items, first_token):
-    """With as many beams as items: all items, in the order and with the log-probabilities of a
-    teacher-forced forward each, to 1e-10."""
+@pytest.mark.parametrize("spare", [0, 7])
+def test_a_wide_beam_ranks_every_item(levels, items, first_token, spare):
+    """With as many beams as items, or more: all items, in the order and with the log-probabilities of a
+    teacher-forced forward each, and then code -1 with score -inf."""
     model, codes = model_for(levels, text=first_token), catalogue(items, levels)
     batch = prompts([9, 1, 4])
-    found, scores = beam_search(model, batch, Trie(codes, N_CODES), first_token, beams=items)
-    assert found.shape == (3, items, levels) and scores.shape == (3, items)
+    best, scores = beam_search(model, batch, Trie(codes, N_CODES), first_token, beams=items + spare)
+    assert best.shape == (3, items + spare, levels) and scores.shape == (3, items + spare)
     for i, prompt in enumerate(batch):
-        want = ranked(model, prompt, codes, first_token)
-        assert list(map(tuple, found[i].tolist())) == [item for _, item in want]
-        error = (scores[i] - torch.tensor([p for p, _ in want], dtype=torch.float64)).abs().max()
-        assert error <= 1e-10, f"scores off by {error:.1e}"
+        assert_best(best[i], scores[i], ranked(model, prompt, codes, first_token))
 
 
 @draws(25)
 @given(items=st.integers(1, 60), levels=st.integers(1, 5), beams=st.integers(1, 12), seed=st.integers(0, 99),
        length=st.integers(1, 6))
 def test_a_narrow_beam_equals_a_slow_one(items, levels, beams, seed, length):
-    """Any width over any catalogue: what a search finds that runs every prefix from its start."""
-    items = min(items, N_CODES**levels)
-    model, codes = model_for(levels, seed=seed % 3), catalogue(items, levels, seed)
+    """Any width over any catalogue, items that share an ID among them: what a search gives that runs every prefix
+    from its start."""
+    model, codes = model_for(levels, seed=seed % 3), catalogue(min(items, N_CODES**levels), levels, seed)
     prompt, = prompts([length], seed, 1 + levels * N_CODES)
-    want = slow_beam(model, prompt.tolist(), dict_trie(codes), 1, N_CODES, beams)
-    found, scores = beam_search(model, [prompt], Trie(codes, N_CODES), 1, beams)
-    assert found.shape == (1, beams, levels)
-    assert list(map(tuple, found[0, :len(want)].tolist())) == [item for _, item in want]
-    assert torch.allclose(scores[0, :len(want)], torch.tensor([p for p, _ in want], dtype=scores.dtype), atol=1e-10)
-    assert (found[0, len(want):] == -1).all() and (scores[0, len(want):] == -torch.inf).all()
+    best, scores = beam_search(model, [prompt], Trie(torch.cat([codes, codes[:5]]), N_CODES), 1, beams)
+    assert best.shape == (1, beams, levels)
+    assert_best(best[0], scores[0], slow_beam(model, prompt.tolist(), dict_trie(codes), 1, N_CODES, beams))
 
 
 @pytest.mark.parametrize("items, text", [(300, 1), (25, 40)])
@@ -94,23 +96,10 @@ def test_equal_to_transformers_generate(tmp_path, items, text):
                         num_beams=10, num_return_sequences=10, max_new_tokens=4, do_sample=False, length_penalty=0.0,
                         early_stopping=False, pad_token_id=0, return_dict_in_generate=True, output_scores=True)
     want = out.sequences[:, 30:].view(6, 10, 4) - text - N_CODES * torch.arange(4)
-    found, scores = beam_search(load_llama(tmp_path), batch, Trie(codes, N_CODES), text)
+    best, scores = beam_search(load_llama(tmp_path), batch, Trie(codes, N_CODES), text)
     error = (scores - out.sequences_scores.view(6, 10)).abs().max()
-    assert torch.equal(found, want), f"{(found != want).any(-1).sum()} of 60 items differ"
+    assert torch.equal(best, want), f"{(best != want).any(-1).sum()} of 60 items differ"
     assert error <= 1e-4, f"scores off by {error:.1e}"
-
-
-# ---- what holds for any model
-
-
-def test_every_id_exists_once_and_scores_fall():
-    """Each user's ten are different items of the catalogue, best first."""
-    codes = catalogue(200)
-    found, scores = beam_search(model_for(), prompts(range(1, 21)), Trie(codes, N_CODES), 1)
-    known = set(map(tuple, codes.tolist()))
-    for user in found.tolist():
-        assert len(set(map(tuple, user))) == 10 and set(map(tuple, user)) <= known
-    assert (scores.diff(dim=1) <= 0).all() and scores.isfinite().all()
 
 
 def test_scores_are_probabilities_of_the_whole_vocabulary():
@@ -124,37 +113,13 @@ def test_scores_are_probabilities_of_the_whole_vocabulary():
     assert 0 < sums[0] < sums[1] < first < 1, f"{sums}, first codes {first}"
 
 
-def test_shared_ids_are_found_once():
-    """Items with the same codes are one ID: no duplicates among the beams."""
-    codes = catalogue(12)
-    a = beam_search(model_for(), prompts([5, 8]), Trie(codes, N_CODES), 1)
-    b = beam_search(model_for(), prompts([5, 8]), Trie(torch.cat([codes, codes[:7], codes[:7]]), N_CODES), 1)
-    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-
-
-@pytest.mark.parametrize("items, levels", [(1, 4), (3, 4), (9, 2), (7, 1)])
-def test_fewer_items_than_beams(items, levels):
-    """All items, each once and with its true score; the tail is code -1 and score -inf, never nan."""
-    codes = catalogue(items, levels, seed=4)
-    model, batch = model_for(levels), prompts([3, 7])
-    found, scores = beam_search(model, batch, Trie(codes, N_CODES), 1, beams=10)
-    assert found.shape == (2, 10, levels) and scores.shape == (2, 10) and not scores.isnan().any()
-    for i, prompt in enumerate(batch):
-        want = ranked(model, prompt, codes, 1)
-        assert list(map(tuple, found[i, :items].tolist())) == [item for _, item in want]
-        assert torch.allclose(scores[i, :items], torch.tensor([p for p, _ in want], dtype=torch.float64), atol=1e-10)
-    assert (found[:, items:] == -1).all() and (scores[:, items:] == -torch.inf).all()
-
-
 def test_uneven_branches():
     """Prefixes with one child beside prefixes with many: dead ends are neither kept nor counted."""
     codes = torch.tensor([[0, 0, 0], *([1, a, b] for a in range(3) for b in range(8)), [2, 5, 1], [7, 7, 7]])
     model, batch = model_for(3), prompts([4, 9, 2], seed=1)
-    found, scores = beam_search(model, batch, Trie(codes, N_CODES), 1, beams=40)
+    best, scores = beam_search(model, batch, Trie(codes, N_CODES), 1, beams=40)
     for i, prompt in enumerate(batch):
-        want = ranked(model, prompt, codes, 1)
-        assert list(map(tuple, found[i, :27].tolist())) == [item for _, item in want]
-        assert (found[i, 27:] == -1).all() and scores[i, 26].isfinite() and (scores[i, 27:] == -torch.inf).all()
+        assert_best(best[i], scores[i], ranked(model, prompt, codes, 1))
 
 
 # ---- what must not matter
@@ -164,21 +129,14 @@ def test_prompts_of_any_lengths_are_as_each_alone():
     """Padding, neighbours and their order have no influence; a prompt of <bos> alone works."""
     model, trie = model_for(), Trie(catalogue(150), N_CODES)
     batch = [torch.tensor([0]), *prompts([1, 12, 3, 33, 7, 2, 20])]
-    found, scores = beam_search(model, batch, trie, 1)
+    best, scores = beam_search(model, batch, trie, 1)
     for size in (1, 3):
         for start in range(0, 8, size):
             some = beam_search(model, batch[start:start + size], trie, 1)
-            assert torch.equal(some[0], found[start:start + size])
+            assert torch.equal(some[0], best[start:start + size])
             assert (some[1] - scores[start:start + size]).abs().max() <= 1e-12
     back = beam_search(model, batch[::-1], trie, 1)
-    assert torch.equal(back[0].flip(0), found) and (back[1].flip(0) - scores).abs().max() <= 1e-12
-
-
-def test_narrower_is_no_better():
-    """The best score found by more beams is never below that found by fewer."""
-    model, trie, batch = model_for(), Trie(catalogue(400), N_CODES), prompts([6] * 8)
-    best = [beam_search(model, batch, trie, 1, beams)[1][:, 0] for beams in (1, 10, 400)]
-    assert (best[2] >= best[0] - 1e-12).all() and (best[2] >= best[1] - 1e-12).all()
+    assert torch.equal(back[0].flip(0), best) and (back[1].flip(0) - scores).abs().max() <= 1e-12
 
 
 def test_adapters_and_new_tokens_take_part():
@@ -192,12 +150,10 @@ def test_adapters_and_new_tokens_take_part():
         for i, p in enumerate(adapter_parameters(model)):
             p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
     model.double()  # one dtype for the cached and the plain forward
-    found, scores = beam_search(model, batch, Trie(codes, N_CODES), 50, beams=20)
+    best, scores = beam_search(model, batch, Trie(codes, N_CODES), 50, beams=20)
     assert (scores - before).abs().max() > 0.1
     for i, prompt in enumerate(batch):
-        want = ranked(model, prompt, codes, 50)
-        assert list(map(tuple, found[i].tolist())) == [item for _, item in want]
-        assert torch.allclose(scores[i], torch.tensor([p for p, _ in want], dtype=torch.float64), atol=1e-10)
+        assert_best(best[i], scores[i], ranked(model, prompt, codes, 50))
 
 
 def test_bfloat16_models_score_in_float32():
@@ -211,46 +167,30 @@ def test_bfloat16_models_score_in_float32():
 # ---- what is computed once
 
 
-@pytest.mark.parametrize("length", [2, 5])
-def test_a_common_beginning_is_computed_once(length):
-    """Prompts that begin with the same tokens, from their keys and values: the same items and scores to 1e-10, and
-    the model sees the rest alone."""
-    model, codes = model_for(), catalogue(200)
-    head, seen = list(range(length)), []
-    batch = [torch.cat([torch.tensor(head), rest]) for rest in prompts([7, 1, 12])]
-    trie = Trie(codes, N_CODES)
-    found, scores = beam_search(model, batch, trie, 1)
-    start = computed(model, head)
-    model.model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
-    again, same = beam_search(model, batch, trie, 1, preamble=start)
-    assert torch.equal(found, again) and (scores - same).abs().max() <= 1e-10
-    assert seen == [(3, 12), (3, 8), (3, 10), (3, 10)], "a first level of 8 codes"
-    assert computed(model, head[:1]) is None
-
-
-@pytest.mark.parametrize("at_once", [1, 7, 16384])
-@pytest.mark.parametrize("first", [0, 15, 18, 20, 29])
-def test_a_part_of_the_log_softmax(at_once, first):
-    """The part first .. first + 5 of a 34-token vocabulary, 20 of the checkpoint and 14 new rows: as cut from the
-    whole log-softmax, however many logits are computed at once."""
-    table = TokenTable(20, 6).double()
-    torch.nn.init.normal_(table.weight)
-    table.grow(14, 1.0, torch.Generator().manual_seed(0))
-    x = torch.randn(3, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    want = table.logits(x).log_softmax(-1)[..., first:first + 5]
-    torch.testing.assert_close(table.log_p(x, first, 5, at_once), want, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("length", [2, 5, 99])
+def test_a_common_preamble_is_computed_once(length):
+    """Prompts that begin with the same tokens: the same items and scores to 1e-10, and the model sees these tokens
+    once, every other token of a prompt once per user, of which the last begins the search. At most all but the
+    last token of the shortest prompt are common."""
+    model, trie = model_for(), Trie(catalogue(200), N_CODES)
+    batch = [torch.cat([torch.arange(min(length, 9)), rest]) for rest in prompts([7, 1, 12])]
+    codes, scores = beam_search(model, batch, trie, 1)
+    shapes, shared = [], min(length, 9)
+    model.model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    again, same = beam_search(model, batch, trie, 1, preamble=length)
+    assert torch.equal(codes, again) and (scores - same).abs().max() <= 1e-10
+    assert shapes == [(1, shared), (3, 11), (3, 1), (3, 8), (3, 10), (3, 10)], "a first level of 8 codes"
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6's FakeTensor cannot split an empty tensor")
-@pytest.mark.parametrize("head", [False, True])
-def test_no_value_is_waited_for(head):
+@pytest.mark.parametrize("preamble", [0, 3])
+def test_no_value_is_waited_for(preamble):
     """Decoding runs to its end on tensors that have shapes and no values: nothing is read back from the device, so
     a GPU is never waited for between levels."""
-    model, codes = model_for(dtype=torch.float32), catalogue(200)
-    trie = Trie(codes, N_CODES)
+    model, trie = model_for(dtype=torch.float32), Trie(catalogue(200), N_CODES)
     with FakeTensorMode(allow_non_fake_inputs=True):
         batch = [torch.zeros(length, dtype=torch.long) for length in (7, 4, 12)]
-        found, scores = beam_search(model, batch, trie, 1, preamble=computed(model, [0, 1, 2]) if head else None)
-        assert found.shape == (3, 10, 4) and scores.shape == (3, 10) and isinstance(found, FakeTensor)
+        codes, scores = beam_search(model, batch, trie, 1, preamble=preamble)
+        assert codes.shape == (3, 10, 4) and scores.shape == (3, 10) and isinstance(codes, FakeTensor)
         with pytest.raises(DataDependentOutputException):
             scores.sum().item()

@@ -1,6 +1,4 @@
 """The method: what is minimised, what moves, what stays, and where every stage starts."""
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
@@ -10,21 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from minipeso import continual
-from minipeso.runs.checkpoint import restore, snapshot
-from minipeso.continual import METHODS, Objective, Plan
+import train
+from minipeso import continual, methods
+from minipeso.continual import choose_trainable, stage_data, train_stage
 from minipeso.llama import Llama
-from minipeso.lora import LoRALinear, adapter_parameters, adapters, rewrap
+from minipeso.lora import LoRALinear, adapter_parameters, adapters, advance, rewrap
+from minipeso.methods import METHODS, method_named
 from minipeso.objective import anchored, answer_loss, stage_loss
-from minipeso.proximal import PROXIMALS
+from minipeso.proximal import proximal_term, softmax_kl
 from minipeso.runs.run import Run
+from minipeso.snapshot import restore, snapshot
 from minipeso.stages import examples
+from minipeso.state import every_epoch
 from minipeso.tokens import collate, sequences
-from tests.micro import checkpoint, fingerprint, micro, run, set_up
-from tests.reference import answer_log_p, textbook_softmax_kl
+from tests.micro import checkpoint, fingerprint, learn_first, micro, run, set_up
+from tests.reference import textbook_softmax_kl
 
-SILENT = lambda record: None  # noqa: E731
-LLM = [name for name, method in METHODS.items() if method.system == "llm"]
+LLM = [name for name, method in METHODS.items() if not method.towers and name != "evorec"]
 
 
 @pytest.fixture(scope="module")
@@ -47,29 +47,52 @@ def either(request) -> Run:
 
 def fresh(setup: Run, **changes) -> Run:
     """The same set-up with a model of its own, and perhaps other settings."""
-    return setup._replace(model=copy.deepcopy(setup.model), cfg=dataclasses.replace(setup.cfg, **changes))
-
-
-def learnt(setup: Run, **changes) -> Run:
-    """After D_1, as stage 2 begins: anchored there."""
-    now = fresh(setup, **changes)
-    continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
-    for _, layer in adapters(now.model):
-        layer.advance()
+    now = copy.copy(setup)
+    now.model, now.cfg = copy.deepcopy(setup.model), dataclasses.replace(setup.cfg, **changes)
     return now
 
 
-def later(now: Run, method: str, t: int = 2, base=None, log=SILENT) -> list[dict]:
-    """Learns stage t -> the records of its training."""
-    records = []
-    continual.learn_stage(now.model, METHODS[method], now.data.stages[:t], now.template, now.cfg, base,
-                          lambda record: (records.append(record), log(record)))
+def learnt(setup: Run, **changes) -> Run:
+    """After D_1, anchored there."""
+    now = fresh(setup, **changes)
+    learn_first(now)
+    advance(now.model)
+    now.base_state = snapshot(setup.model, True)
+    return now
+
+
+def later(now: Run, name: str, t: int = 2, look=lambda record: None) -> list[dict]:
+    """Stage t by train.py's own loop -> the records of its training; look(record) at each."""
+    method, trial, records = method_named(name), copy.copy(now), []
+    vars(trial).update(  # one stage, without a disk and without ranking
+        stages=now.stages[:t], ranks={name: {}}, left=lambda name: [t], epochs=lambda phase: every_epoch,
+        log=lambda name: lambda record: (records.append(record), look(record)),
+        rank=lambda t: None, save=lambda name, t, ranks: None)
+    if method.learn:
+        method.learn(trial, name)
+    else:
+        train.learn_later(trial, name, method, method.settings(now.cfg.of(name)))
     return records
+
+
+def learn(now: Run, t: int = 2, log=lambda record: None, **changes) -> None:
+    """Trains the adapter on D_2, in steps of 8 pairs at 1e-3 and without a penalty, but for `changes`."""
+    choose_trainable(now.model, "adapter")
+    cfg = dataclasses.replace(now.cfg, **dict(epochs=1, lr=1e-3, batch=8, proximal="none") | changes)
+    train_stage(now.model, stage_data(now.stages[1:2], now.template, cfg.window), t, cfg, log)
 
 
 def state(model: Llama) -> dict[str, Tensor]:
     """Every tensor by name, a tied head under both of its names."""
     return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def adapter(model: Llama) -> list[Tensor]:
+    return [p.detach().clone() for p in adapter_parameters(model)]
+
+
+def same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
@@ -85,189 +108,153 @@ def kinds(names: set[str]) -> set[str]:
 
 
 @torch.no_grad()
-def perturb(model: Llama, std: float = 0.1, seed: int = 0) -> None:
+def perturb(model: Llama, std: float = 0.1) -> None:
     """Moves the adapter away from its anchor."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for p in adapter_parameters(model):
         p.add_(torch.randn(p.shape, generator=generator) * std)
 
 
-def first_batch(now: Run, t: int = 2, n: int = 6, share: bool = True):
-    return collate(sequences(examples(now.data.stages[t - 1], "train", now.cfg.window)[:n], now.template, share))
-
-
-# -- the objective ----------------------------------------------------------------------------------
-
+@torch.no_grad()
 def cross_entropy_by_hand(now: Run, pairs, temperature: float) -> float:
     """Mean over the answers' tokens of -log p, one pair and one plain forward at a time."""
-    total, tokens = 0.0, 0
+    losses = []
     for example in pairs:
         prompt, answer = now.template.prompt(example.history).tolist(), now.template.answer(example.target)
-        with torch.no_grad():
-            logits = now.model(torch.tensor([[*prompt, *answer]]))[0].double() / temperature
-        for i, token in enumerate(answer):
-            total -= logits[len(prompt) - 1 + i].log_softmax(-1)[token].item()
-        tokens += len(answer)
-    return total / tokens
-
-
-def penalty_by_hand(model: Llama, groups: str, reduction: str) -> float:
-    """Textbook KLs of plain lists of numbers, summed in a loop over modules (Eq. 12; methods.md 1.3)."""
-    flat = lambda *matrices: [x for M in matrices for x in M.detach().double().flatten().tolist()]  # noqa: E731
-    total, modules = 0.0, 0
-    for _, layer in adapters(model):
-        modules += 1
-        if groups == "module":
-            total += textbook_softmax_kl(flat(layer.A, layer.B), flat(layer.A_prev, layer.B_prev))[0]
-        else:
-            total += textbook_softmax_kl(flat(layer.A), flat(layer.A_prev))[0]
-            total += textbook_softmax_kl(flat(layer.B), flat(layer.B_prev))[0]
-    return total / (modules if reduction == "mean" else 1)
-
-
-@pytest.mark.parametrize("groups", ["module", "matrix"])
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_stage_loss_is_eq_12(either, groups, reduction):
-    """CE + lam sum_g KL(softmax v || softmax v_prev): cross-entropy pair by pair, KL from lists of numbers."""
-    now = fresh(either)
-    now.model.eval()
-    perturb(now.model)
-    pairs = examples(now.data.stages[1], "train", now.cfg.window)[:6]
-    loss = stage_loss(now.model, collate(sequences(pairs, now.template)), "kl", 30.0, 1.0, groups, reduction)
-    ce, prox = cross_entropy_by_hand(now, pairs, 1.0), penalty_by_hand(now.model, groups, reduction)
-    assert loss.ce.item() == pytest.approx(ce, rel=1e-5), "cross-entropy"
-    assert prox > 1e-4 and loss.prox.item() == pytest.approx(prox, rel=1e-4), "penalty"
-    assert loss.total.item() == pytest.approx(ce + 30 * prox, rel=1e-5)
-
-
-def test_cross_entropy_is_the_mean_log_probability_of_the_answers(scratch):
-    """Eq. 2 once more, by the reference that the beam search is tested with."""
-    now = fresh(scratch)
-    now.model.eval()
-    pairs = examples(now.data.stages[0], "train", 4)[:5]
-    loss = answer_loss(now.model, collate(sequences(pairs, now.template)))
-    log_p = [answer_log_p(now.model, now.template.prompt(e.history).tolist(), now.template.answer(e.target))
-             for e in pairs]
-    assert loss.item() == pytest.approx(-sum(log_p) / (5 * now.cfg.levels), rel=1e-5)
+        logits = now.model(torch.tensor([[*prompt, *answer]]))[0].double() / temperature
+        losses += [-logits[len(prompt) - 1 + i].log_softmax(-1)[token].item() for i, token in enumerate(answer)]
+    return sum(losses) / len(losses)
 
 
 def test_release_objective_term_by_term(words):
-    """Recipe release: CE of logits / 0.8 with <|end_of_text|> in the answer, and lam / modules times the KLs of A
-    and of B apart; the training step minimises just that (its log says so)."""
-    now = fresh(words, dropout=0.0)
+    """The first step's log: CE of logits / 0.8 with <|end_of_text|>, the mean over modules of the KLs of A and of B."""
+    now = fresh(words, epochs=1, proximal="kl")
     for _, layer in adapters(now.model):
         layer.dropout.p = 0.0
     perturb(now.model)
-    cfg, stage = now.cfg, now.data.stages[1]
-    assert (cfg.temperature, cfg.groups, cfg.reduction, cfg.learn_end) == (0.8, "matrix", "mean", True)
-    pairs = examples(stage, "train", cfg.window)
+    pairs, records = examples(now.stages[1], "train", now.cfg.window), []
+    assert "base" not in words.logs, "a checkpoint needs no base training"
     assert now.template.answer(pairs[0].target)[-1] == 2, "<|end_of_text|> of the toy vocabulary"
-    ce, prox = cross_entropy_by_hand(now, pairs, 0.8), penalty_by_hand(now.model, "matrix", "mean")
-    records = []
-    plan = Plan(2, 1, 1e-3, len(pairs), "kl")
-    continual.choose_trainable(now.model, cfg.later_trains)
-    continual.train_stage(now.model, pairs, pairs, now.template, plan, cfg, records.append)
+    ce = cross_entropy_by_hand(now, pairs, 0.8)
+    flat = [[M.detach().double().flatten().tolist() for M in layer] for layer in anchored(now.model)]
+    prox = sum(textbook_softmax_kl(A, P)[0] + textbook_softmax_kl(B, Q)[0] for A, B, P, Q in flat) / len(flat)
+    learn(now, log=records.append, batch=len(pairs), proximal="kl")
     assert records[0]["ce"] == pytest.approx(ce, rel=1e-5), "one batch of all pairs, at the first step"
     assert records[0]["prox"] == pytest.approx(prox, rel=1e-4)
 
 
-def test_no_penalty_is_cross_entropy_alone(scratch):
-    """Penalty "none": total is ce itself and prox is 0, wherever the adapter stands."""
-    now = fresh(scratch)
-    perturb(now.model)
-    loss = stage_loss(now.model.eval(), first_batch(now), "none", 1e9)
-    assert loss.total is loss.ce and loss.prox.item() == 0 and not loss.prox.requires_grad
+def test_prox_ce_ratio_is_the_ratio_of_the_gradients(scratch):
+    """The logged ratio: || lam d prox / dv || / || d CE / dv ||, each by its own autograd.grad."""
+    now = learnt(scratch, lam=40.0)
+    perturb(now.model.eval())
+    choose_trainable(now.model, "adapter")
+    batch = collate(sequences(examples(now.stages[1], "train", now.cfg.window)[:6], now.template))
+    v = adapter_parameters(now.model)
+    ce, prox = (torch.cat([g.double().flatten() for g in torch.autograd.grad(loss, v)]).norm().item() for loss in (
+        answer_loss(now.model, batch), proximal_term(anchored(now.model), softmax_kl)))
+    for penalty, ratio in (("kl", 40 * prox / ce), ("none", 0)):
+        cfg = dataclasses.replace(now.cfg, proximal=penalty)
+        record = continual.train_step(now.model, batch, torch.optim.AdamW(v), 2, cfg)
+        assert record["prox_ce_ratio"] == pytest.approx(ratio, rel=1e-3) and (record["prox"] > 0) == (ratio > 0)
 
 
-# -- where a stage starts ---------------------------------------------------------------------------
-
-@pytest.mark.parametrize("penalty", ["kl", "l2", "rank-kl"])
-def test_at_the_first_step_the_penalty_and_its_gradient_are_0(either, penalty):
-    """v_t starts at v_{t-1}: value and gradient are exactly 0, and the log of the first step says so."""
-    now = learnt(either, proximal=penalty)
-    rewrap(now.model, LoRALinear)
-    loss = stage_loss(now.model, first_batch(now), penalty, 1e9)
-    gradient = torch.autograd.grad(loss.prox, adapter_parameters(now.model))
-    assert loss.prox.item() == 0 and not any(g.any() for g in gradient) and torch.equal(loss.total, loss.ce)
-    records = later(now, "peso")
-    assert records[0]["prox"] == records[0]["prox_ce_ratio"] == 0
-    assert records[1]["prox"] > 0, "it grows from the second step on"
-
-
-def test_the_anchor_is_the_end_of_the_stage_before(scratch):
-    """At every stage, from its first step to its last, A_prev and B_prev are A and B as the stage before left them."""
-    now = learnt(scratch)
+def test_the_anchor_is_the_end_of_the_stage_before(either):
+    """A_prev and B_prev are A and B as the stage before left them, from the first step, where nothing pulls, on."""
+    now = learnt(either)
     for t in (2, 3):
-        end = [p.detach().clone() for p in adapter_parameters(now.model)]
-        anchors = []
-
-        def look(record):
-            anchors.append([M.clone() for *_, A, B in anchored(now.model) for M in (A, B)])
-        later(now, "peso", t, log=look)
-        assert anchors and all(torch.equal(a, e) for anchor in anchors for a, e in zip(anchor, end, strict=True))
-        assert not all(torch.equal(p, e) for p, e in zip(adapter_parameters(now.model), end))
+        end, anchors = adapter(now.model), []
+        records = later(now, "peso", t, lambda record: anchors.append(
+            [M.clone() for *_, A, B in anchored(now.model) for M in (A, B)]))
+        assert anchors and all(same(anchor, end) for anchor in anchors) and not same(adapter(now.model), end)
+        assert records[0]["prox"] == records[0]["prox_ce_ratio"] == 0 < records[1]["prox"]
 
 
-# -- the methods ------------------------------------------------------------------------------------
+def test_a_huge_lambda_keeps_the_adapter_at_its_anchor(scratch, monkeypatch):
+    """The deviation of v - v_prev from a uniform shift shrinks as lam grows, to a hundredth; the KL to a 10,000th."""
+    start, away, kl = learnt(scratch, epochs=6, later_lr=1.0, weight_decay=0.0), [], []
+    falling = iter(range(99, 0, -1))  # so that the last epoch is kept, not one that has hardly begun
+    monkeypatch.setattr(continual, "mean_loss", lambda *rest: float(next(falling)))
+    for lam in (0.0, 1e2, 1e4, 1e6):
+        now = fresh(start, lam=lam)
+        later(now, "peso")
+        groups = [[torch.cat([A.flatten(), B.flatten()]).detach() for A, B in (layer[:2], layer[2:])]
+                  for layer in anchored(now.model)]
+        steps = torch.cat([(v - u) - (v - u).mean() for v, u in groups])
+        away.append(steps.square().mean().sqrt().item())
+        kl.append(sum(textbook_softmax_kl(v.tolist(), u.tolist())[0] for v, u in groups))
+    assert all(a > b for a, b in zip(away, away[1:])), f"rms deviation at lam 0, 1e2, 1e4, 1e6: {away}"
+    assert away[-1] < 0.01 * away[0] and kl[-1] < 1e-4 * kl[0], (away, kl)
 
-@pytest.fixture(scope="module")
-def all_methods(tmp_path_factory) -> dict[str, object]:
-    """The fingerprint of one run with every row of METHODS."""
-    out = tmp_path_factory.mktemp("all")
-    run(micro(out, compare=",".join(LLM), lam=3.0))
-    return fingerprint(out)
 
-
-def adapter_of(found: dict, method: str, t: int) -> bytes:
-    folder = "" if method == "peso" or t == 1 else f"{method}/"
-    return found[f"{folder}adapters/stage-{t}/adapter_model.safetensors"]
-
-
-def test_every_method_does_what_it_says(all_methods):
-    """pretrain leaves the D_1 adapter as it is, bit for bit, at every stage; all others change it at every stage,
-    each in its own way; D_1 is the same model for all."""
+def test_every_method_does_what_it_says(tmp_path):
+    """All start from one model of D_1; pretrain keeps its bits, the others move at every stage, each its way."""
+    run(micro(tmp_path, compare=",".join(LLM), lam=3.0))
+    files, after = fingerprint(tmp_path), {}
     for method in LLM:
-        stages = [adapter_of(all_methods, method, t) for t in (1, 2, 3)]
-        assert len(set(stages)) == (1 if method == "pretrain" else 3), method
-        ranks = json.loads(all_methods["ranks.json" if method == "peso" else f"{method}/ranks.json"])
-        assert set(ranks) == {"1", "2", "3"} and ranks["1"] == json.loads(all_methods["ranks.json"])["1"]
+        place = "" if method == "peso" else f"{method}/"
+        after[method] = [files[f"{where}adapters/stage-{t}/adapter_model.safetensors"]
+                         for t, where in ((1, ""), (2, place), (3, place))]
+        assert len(set(after[method])) == (1 if method == "pretrain" else 3), method
+        ranks = json.loads(files[f"{place}ranks.json"])
+        assert set(ranks) == {"1", "2", "3"} and ranks["1"] == json.loads(files["ranks.json"])["1"]
     # at stage 2 there is one past adapter: `all` and `latest` are the same yet
     alike = sum(name.endswith(("latest", "latest-inherit")) for name in LLM)
-    for t, distinct in ((2, len(LLM) - alike), (3, len(LLM))):
-        assert len({adapter_of(all_methods, method, t) for method in LLM}) == distinct
+    assert [len(set(some)) for some in zip(*after.values())] == [1, len(LLM) - alike, len(LLM)]
 
 
-def test_what_every_method_trains_on(scratch, monkeypatch):
-    """Data, rate and penalty of stage 3: single and peso see D_3 at the later rate, retrain D_1 .. D_3 at the full
-    one, pretrain nothing; only peso has a penalty, unless --proximal names one for all that continue."""
-    seen = []
+@pytest.mark.parametrize("proximal, of_single, of_peso", [("method", "none", "kl"), ("l2", "l2", "l2")])
+def test_what_every_method_trains_on(scratch, monkeypatch, proximal, of_single, of_peso):
+    """single and peso: D_3 at the later rate; retrain: D_1 .. D_3 at the full one, unpenalised; pretrain: nothing."""
+    now, seen = learnt(scratch, proximal=proximal), []
+    for module in (train, methods):  # whoever learns a stage calls it by one of these names
+        monkeypatch.setattr(module, "train_stage", lambda model, data, t, cfg, log, epochs: seen.append(
+            (str(data), t, cfg.lr, cfg.proximal, cfg.epochs)))
+    third, union = (str(stage_data(stages, now.template, now.cfg.window)) for stages in (now.stages[2:], now.stages))
+    before, lr = state(now.model), now.cfg.lr
+    for name in ("single", "peso", "pretrain", "retrain"):
+        later(now, name, 3)
+        if name == "pretrain":
+            assert not moved(before, state(now.model)), "by no other way either"
+    later_lr = lr * now.cfg.later_lr
+    assert seen == [(third, 3, later_lr, of_single, 2), (third, 3, later_lr, of_peso, 2), (union, 3, lr, "none", 2)]
 
-    def spy(model, train, valid, template, plan, cfg, log, keeper):
-        seen.append(({e.stage for e in train}, {e.stage for e in valid}, plan))
-    now = learnt(scratch)
-    base = snapshot(now.model, True)
-    monkeypatch.setattr(continual, "train_stage", spy)
-    cfg = now.cfg
-    for proximal, penalties in (("method", {"single": "none", "peso": "kl"}), ("l2", {"single": "l2", "peso": "l2"})):
-        now = now._replace(cfg=dataclasses.replace(cfg, proximal=proximal))
-        for method, penalty in penalties.items():
-            later(now, method, 3)
-            assert seen.pop() == ({3}, {3}, Plan(3, cfg.epochs, cfg.lr * cfg.later_lr, cfg.batch, penalty))
-        later(now, "retrain", 3, base)
-        assert seen.pop() == ({1, 2, 3}, {1, 2, 3}, Plan(3, cfg.epochs, cfg.lr, cfg.batch, "none"))
-        later(now, "pretrain", 3)
-        assert not seen
+
+def test_a_new_adapter_is_drawn_from_the_seed_and_the_stage(scratch):
+    """Where a method starts anew, each stage and each seed have an A_t of their own; D_1's joins the past, once."""
+    start = learnt(scratch)
+
+    def drawn(t: int, seed: int = 0) -> list[Tensor]:
+        now = fresh(start, seed=seed)
+        later(now, "sumlora-all", t)
+        for (_, layer), A in zip(adapters(now.model), adapter(start.model)[::2]):
+            assert torch.allclose(layer.A_past, A / A.norm())
+        return [layer.A_prev for _, layer in adapters(now.model)]
+    first = drawn(2)
+    assert same(first, drawn(2)) and not any(map(torch.equal, first * 2, drawn(3) + drawn(2, seed=1)))
+
+
+def test_inflora_is_shown_the_stage_before_and_this_one(scratch, monkeypatch):
+    """Its memory takes in all training pairs of D_{t-1}, its next A is designed from all those of D_t."""
+    now, shown = learnt(scratch), []
+
+    def look(model, t, n_stages, *parts):
+        shown.append((t, n_stages, *({str(ids[real].tolist()) for b in part for ids, real in zip(b.ids, b.real)}
+                                     for part in parts)))
+    monkeypatch.setattr(methods, "design_inflora", look)
+    for t in (2, 3):
+        later(now, "inflora-all", t)
+    data = (stage_data([stage], now.template, now.cfg.window)[0] for stage in now.stages)
+    pairs = [{str(s.ids.tolist()) for s in train_part} for train_part in data]
+    assert shown == [(2, 3, *pairs[:2]), (3, 3, *pairs[1:])]
 
 
 def test_lambda_0_is_single_step_for_step(tmp_path):
-    """PESO at lam = 0 is the single evolving adapter: the same bytes at every stage, the same ranks, and the same
-    line at every step, but for what the penalty alone decides."""
+    """PESO at lam = 0 is the single evolving adapter: the same bytes, the same ranks, the same log but for prox."""
     run(micro(tmp_path, lam=0.0, epochs=2))
-    found = fingerprint(tmp_path)
-    for t in (2, 3):
-        assert adapter_of(found, "peso", t) == adapter_of(found, "single", t), f"D{t}"
-    assert found["ranks.json"] == found["single/ranks.json"] and found["results.json"] == found["single/results.json"]
-    lines = [json.loads(line) for line in found["metrics.jsonl"].splitlines()]
+    files = fingerprint(tmp_path)
+    for file in ("results.json", "ranks.json", *(f"adapters/stage-{t}/adapter_model.safetensors" for t in (2, 3))):
+        assert files[file] == files[f"single/{file}"], file
+    lines = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
     single, peso = ([{k: v for k, v in line.items() if k not in ("name", "prox", "prox_ce_ratio")}
                      for line in lines if line["name"] == name] for name in ("single", "peso"))
     assert single == peso and len(peso) > 4
@@ -275,228 +262,87 @@ def test_lambda_0_is_single_step_for_step(tmp_path):
 
 def test_retrain_is_learning_first_on_the_union_from_the_base(either):
     """At stage 3, coming from anywhere: restore the base, then learn_first on D_1 .. D_3, bit for bit."""
-    expected = fresh(either)
-    continual.learn_first(expected.model, expected.data.stages[:3], expected.template, expected.cfg, SILENT)
-    now = fresh(either)
-    base = snapshot(now.model, True)
-    continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
+    expected, now = fresh(either), learnt(either)
+    learn_first(expected, stages=3, t=3)
     later(now, "single", 2)
-    later(now, "retrain", 3, base)
+    later(now, "retrain", 3)
     assert not moved(state(expected.model), state(now.model))
 
 
-def test_an_empty_stage_changes_nothing(scratch):
-    """A stage without users, or with users who have nothing to train on, leaves the model as it was; retrain
-    learns from the others."""
-    now = learnt(scratch)
-    base = snapshot(now.model, True)
-    for nobody in ({}, {1: [3, 4]}):
-        stage = dataclasses.replace(now.data.stages[1], history={u: [] for u in nobody}, current=nobody)
-        empty = now._replace(data=dataclasses.replace(now.data, stages=[now.data.stages[0], stage]))
-        before = state(now.model)
-        assert later(empty, "peso") == [] and not moved(before, state(now.model))
-    assert later(empty, "retrain", base=base)
+TRAINED = {"adapter": {"A", "B"}, "rows": {"A", "B", "embed_tokens.rows", "lm_head.rows"}}
+TRAINED["tables"] = TRAINED["rows"] | {"embed_tokens.weight", "lm_head.weight"}
 
 
-# -- how strong the anchor is -----------------------------------------------------------------------
-
-def test_a_huge_lambda_keeps_the_adapter_at_its_anchor(scratch, monkeypatch):
-    """What the penalty sees of v - v_prev, its deviation from a uniform shift of the group, shrinks as lam grows,
-    to less than a hundredth of what lam = 0 leaves; the textbook KL, to less than a 10,000th."""
-    start, away, kl = learnt(scratch, epochs=6, later_lr=1.0, weight_decay=0.0), [], []
-    falling = iter(range(99, 0, -1))  # so that the last epoch is kept, not one that has hardly begun
-    monkeypatch.setattr(continual, "mean_loss", lambda *rest: float(next(falling)))
-    for lam in (0.0, 1e2, 1e4, 1e6):
-        now = fresh(start, lam=lam)
-        module = lambda at: [torch.cat([A.flatten(), B.flatten()]).detach()  # noqa: E731
-                             for A, B in (m[at:at + 2] for m in anchored(now.model))]
-        before = module(0)
-        later(now, "peso")
-        steps = torch.cat([(v - u) - (v - u).mean() for v, u in zip(module(0), before, strict=True)])
-        away.append(steps.square().mean().sqrt().item())
-        kl.append(sum(textbook_softmax_kl(v.tolist(), u.tolist())[0] for v, u in zip(module(0), before)))
-    assert all(a > b for a, b in zip(away, away[1:])), f"rms deviation at lam 0, 1e2, 1e4, 1e6: {away}"
-    assert away[-1] < 0.01 * away[0] and kl[-1] < 1e-4 * kl[0], (away, kl)
-
-
-def test_the_penalty_does_not_hold_a_uniform_shift_of_a_group(scratch):
-    """The softmax-KL's invariance: v_prev + c costs nothing and is not pulled back, at any lam; l2 does both."""
-    now = learnt(scratch)
-    with torch.no_grad():
-        for k, (_, layer) in enumerate(adapters(now.model)):
-            layer.A.add_(0.1 * (k + 1))
-            layer.B.add_(0.1 * (k + 1))
-    loss = stage_loss(now.model.eval(), first_batch(now), "kl", 1.0)
-    pull = torch.autograd.grad(loss.prox, adapter_parameters(now.model))
-    assert loss.prox.item() < 1e-9 and max(g.abs().max() for g in pull) < 1e-6, loss.prox
-    assert stage_loss(now.model, first_batch(now), "l2", 1.0).prox.item() > 0.1
-
-
-def test_prox_ce_ratio_is_the_ratio_of_the_gradients(scratch):
-    """The logged ratio: || lam d prox / dv || / || d CE / dv ||, each by its own autograd.grad."""
-    now = learnt(scratch, lam=40.0)
-    for _, layer in adapters(now.model):
-        layer.dropout.p = 0.0
-    perturb(now.model)
-    continual.choose_trainable(now.model, "adapter")
-    batch, v = first_batch(now), adapter_parameters(now.model)
-    ce = torch.autograd.grad(answer_loss(now.model, batch), v)
-    prox = torch.autograd.grad(PROXIMALS["kl"](anchored(now.model), "module", "sum"), v)
-    flat = lambda gradients: torch.cat([g.double().flatten() for g in gradients])  # noqa: E731
-    wanted = 40 * flat(prox).norm() / flat(ce).norm()
-    def step(plan: Plan) -> dict:
-        return continual.train_step(Objective(now.model, plan, now.cfg), batch, torch.optim.AdamW(v), plan, now.cfg)
-
-    record = step(Plan(2, 1, 1e-3, 6, "kl"))
-    assert record["prox_ce_ratio"] == pytest.approx(wanted.item(), rel=1e-3)
-    record = step(Plan(2, 1, 1e-3, 6))
-    assert record["prox_ce_ratio"] == record["prox"] == 0
-
-
-# -- what trains ------------------------------------------------------------------------------------
-
-ADAPTER = {"A", "B", "A_prev", "B_prev"}
-ROWS = {"embed_tokens.rows", "lm_head.rows"}
-TABLES = ROWS | {"embed_tokens.weight", "lm_head.weight"}
-
-
-@pytest.mark.parametrize("name, first, after", [
-    ("scratch", ADAPTER | ROWS, ADAPTER), ("words", ADAPTER | TABLES, ADAPTER | TABLES)])
-def test_what_moves_at_d1_and_later(name, first, after, request):
-    """Recipe paper: LoRA and the new tokens' rows, then LoRA alone. Recipe release: LoRA and both whole tables,
-    always. Every other tensor, the old tokens' rows included, keeps its bits."""
-    now = fresh(request.getfixturevalue(name))
+@pytest.mark.parametrize("name, changes, first, after", [
+    ("scratch", {}, "rows", "adapter"), ("words", {}, "tables", "tables"),
+    ("words", dict(first_trains="rows", later_trains="adapter"), "rows", "adapter"),
+    ("words", dict(first_trains="adapter", later_trains="rows"), "adapter", "rows")])
+def test_what_moves_at_d1_and_later(name, changes, first, after, request):
+    """What the recipe (paper, release) or the flags name, and the anchor after D_1; all others keep their bits."""
+    now = fresh(request.getfixturevalue(name), **changes)
     before = state(now.model)
-    continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
+    learn_first(now)
     middle = state(now.model)
-    assert kinds(moved(before, middle)) == first - {"A_prev", "B_prev"}, "the anchor moves when stage 2 begins"
-    later(now, "peso")
-    assert kinds(moved(middle, state(now.model))) == after
-
-
-@pytest.mark.parametrize("what, expected", [
-    ("adapter", ADAPTER), ("rows", ADAPTER | ROWS), ("tables", ADAPTER | TABLES)])
-def test_each_choice_trains_what_it_names(words, what, expected):
-    """--first-trains adapter, rows or tables: these tensors get a gradient and move, and no others."""
-    now = fresh(words, first_trains=what)
-    before = state(now.model)
-    continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
-    assert kinds(moved(before, state(now.model))) == expected - {"A_prev", "B_prev"}
     trained = {name for name, p in now.model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    assert kinds(trained) == expected - {"A_prev", "B_prev"}
+    assert kinds(moved(before, middle)) == kinds(trained) == TRAINED[first]
+    later(now, "peso")
+    assert kinds(moved(middle, state(now.model))) == TRAINED[after] | {"A_prev", "B_prev"}
 
 
 def test_tied_tables_stay_one_and_untied_ones_are_two(words):
     """Rows: embedding and head remain one table. Tables: two, which start equal and go their own ways."""
-    rows_only, tables = learnt(words, first_trains="rows").model, fresh(words).model
-    assert rows_only.lm_head is rows_only.model.embed_tokens
-    continual.choose_trainable(tables, "tables")
-    head, embedding = tables.lm_head, tables.model.embed_tokens
-    assert head is not embedding
-    for name in ("weight", "rows"):
-        a, b = getattr(head, name), getattr(embedding, name)
-        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
-    continual.learn_first(tables, words.data.stages[:1], words.template, words.cfg, SILENT)
-    assert tables.lm_head is head, "untied once, not again"
-    assert not torch.equal(head.rows, embedding.rows) and not torch.equal(head.weight, embedding.weight)
-
-
-# -- going back -------------------------------------------------------------------------------------
-
-class Halved(LoRALinear):
-    """Another method's adapter: half the effect, and a note of how often it advanced."""
-
-    def delta(self, x: Tensor) -> Tensor:
-        return super().delta(x) / 2
-
-    def advance(self, generator=None) -> None:
-        super().advance(generator)
-        self.advanced = getattr(self, "advanced", 0) + 1
+    one, now = learnt(words, first_trains="rows").model, fresh(words)
+    assert one.lm_head is one.model.embed_tokens
+    choose_trainable(now.model, "tables")
+    head, embedding = now.model.lm_head, now.model.model.embed_tokens
+    pairs = [(head.weight, embedding.weight), (head.rows, embedding.rows)]
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
+    learn_first(now)
+    assert now.model.lm_head is head and not any(torch.equal(a, b) for a, b in pairs), "untied once, not again"
 
 
 @pytest.mark.parametrize("when", ["before D1", "after D1", "after D1, the only stage with tables"])
 def test_restore_undoes_training(either, when):
-    """Back to a snapshot, exactly: every tensor and every logit, after training, untying and another adapter."""
+    """Every tensor and logit, after training, untying and another adapter; then by way of the base, which is tied."""
     changes = {"first_trains": "tables", "later_trains": "adapter"} if "only" in when else {}
     now = fresh(either) if when == "before D1" else learnt(either, **changes)
-    saved, before = snapshot(now.model, True), state(now.model)
-    ids = torch.arange(12)[None]
+    saved, before, ids = snapshot(now.model, True), state(now.model), torch.arange(12)[None]
     logits = now.model.eval()(ids)
-    continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
-    rewrap(now.model, Halved)
+    learn_first(now)
+    rewrap(now.model, type("Halved", (LoRALinear,), {"delta": lambda layer, x: LoRALinear.delta(layer, x) / 2}))
     perturb(now.model)
     assert not torch.equal(now.model.eval()(ids), logits)
-    restore(now.model, saved)
-    assert not moved(before, state(now.model)) and torch.equal(now.model.eval()(ids), logits)
-    assert all(type(layer) is LoRALinear for _, layer in adapters(now.model))
-    assert (now.model.lm_head is now.model.model.embed_tokens) == saved.tied
+    for _ in range(2):
+        restore(now.model, saved)
+        assert not moved(before, state(now.model)) and torch.equal(now.model.eval()(ids), logits)
+        assert all(type(layer) is LoRALinear for _, layer in adapters(now.model))
+        assert (now.model.lm_head is now.model.model.embed_tokens) == saved.tied
+        restore(now.model, snapshot(either.model, True))
+        assert now.model.lm_head is now.model.model.embed_tokens
 
 
-def test_restore_goes_from_tied_to_untied_too(words):
-    """A snapshot with two tables is restored into a model that has been tied again: two tables, with their values."""
-    now = fresh(words)
-    base = snapshot(now.model, True)
-    continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
-    first, wanted = snapshot(now.model, True), state(now.model)
-    restore(now.model, base)
-    assert now.model.lm_head is now.model.model.embed_tokens
-    restore(now.model, first)
-    assert now.model.lm_head is not now.model.model.embed_tokens and not moved(wanted, state(now.model))
-
-
-def test_a_snapshot_is_a_copy(scratch):
-    """Training after the snapshot does not change it."""
-    now = fresh(scratch)
-    saved = snapshot(now.model, True)
-    kept = {name: t.clone() for name, t in saved.tensors.items()}
-    continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
-    assert all(torch.equal(saved.tensors[name], kept[name]) for name in kept)
-
-
-def test_a_method_may_bring_its_own_adapter(scratch, monkeypatch):
-    """A row of METHODS with an adapter class: layers of that class from stage 2 on, starting at the D_1 state,
-    advanced once a stage; the next method gets plain LoRA back."""
-    monkeypatch.setitem(METHODS, "halved", continual.Method(adapter=Halved))
-    now = learnt(scratch)
-    saved, before = snapshot(now.model, True), [p.detach().clone() for p in adapter_parameters(now.model)]
-    later(now, "halved")
-    layers = [layer for _, layer in adapters(now.model)]
-    assert all(type(layer) is Halved and layer.advanced == 1 for layer in layers)
-    assert not any(torch.equal(p, b) for p, b in zip(adapter_parameters(now.model), before))
-    restore(now.model, saved)
-    assert all(torch.equal(p, b) for p, b in zip(adapter_parameters(now.model), before))
-
-
-# -- one stage --------------------------------------------------------------------------------------
-
-def stage_data(now: Run, t: int = 2):
-    return (examples(now.data.stages[t - 1], part, now.cfg.window) for part in ("train", "valid"))
-
-
-@pytest.mark.parametrize("losses", [[3.0, 1.0, 2.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [2.0, 1.0, 1.0]])
+@pytest.mark.parametrize("losses", [[], [3.0, 1.0, 2.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [2.0, 1.0, 1.0]])
 def test_the_epoch_with_the_lowest_validation_loss_is_kept(scratch, losses, monkeypatch):
-    """Whatever comes after it; of equal ones the first."""
-    now, after = learnt(scratch), []
-    told = iter(losses)
-
-    def validate(model, *rest):
-        after.append([p.detach().clone() for p in adapter_parameters(model)])
-        return next(told)
-    monkeypatch.setattr(continual, "mean_loss", validate)
-    continual.choose_trainable(now.model, "adapter")
-    continual.train_stage(now.model, *stage_data(now), now.template, Plan(2, 3, 1e-3, 8), now.cfg)
-    same = [all(torch.equal(p, q) for p, q in zip(adapter_parameters(now.model), kept)) for kept in after]
-    assert same == [k == losses.index(min(losses)) for k in range(3)]
+    """Whatever comes after it; of equal ones the first; without any epoch the model stays as it is."""
+    now, told = learnt(scratch), iter(losses)
+    after = [adapter(now.model)]
+    monkeypatch.setattr(continual, "mean_loss", lambda model, *rest: after.append(adapter(model)) or next(told))
+    learn(now, epochs=len(losses))
+    kept = 1 + losses.index(min(losses)) if losses else 0
+    assert [same(adapter(now.model), state) for state in after] == [k == kept for k in range(len(losses) + 1)]
 
 
-def test_the_validation_loss_is_the_mean_over_pairs(scratch):
-    """However the pairs are batched, every pair weighs the same, and the penalty is not in it."""
-    now = learnt(scratch)
-    now.model.eval()
-    pairs = examples(now.data.stages[0], "valid", now.cfg.window)
-    wanted = cross_entropy_by_hand(now, pairs, 0.7)
-    for size in (512, 7):
-        assert continual.mean_loss(now.model, sequences(pairs, now.template), 0.7, (), size) == pytest.approx(wanted, rel=1e-5)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_it_is_the_validation_pairs_that_decide(scratch, temperature):
+    """The validation loss is by hand, at the training temperature, without a penalty, however batched; it decides."""
+    now, seen = learnt(scratch), []
+    pairs = examples(now.stages[1], "valid", now.cfg.window)
+    learn(now, epochs=4, lr=0.1, temperature=temperature, proximal="kl", log=lambda record: "valid_ce" in record and
+          seen.append((record["valid_ce"], cross_entropy_by_hand(now, pairs, temperature))))
+    assert [a for a, _ in seen] == pytest.approx([b for _, b in seen], rel=1e-4)
+    batched = continual.mean_loss(now.model, sequences(pairs, now.template), temperature, 7)
+    lowest = pytest.approx(min(a for a, _ in seen), rel=1e-4)
+    assert cross_entropy_by_hand(now, pairs, temperature) == lowest == batched
 
 
 def test_learning_rate_schedule():
@@ -506,103 +352,73 @@ def test_learning_rate_schedule():
             ramp = min(1.0, (step + 1) / (warmup * steps)) if warmup * steps > 1 else 1.0
             wanted = ramp * math.cos(math.pi * step / steps / 2) ** 2
             assert continual.learning_rate(step, steps, warmup) == pytest.approx(wanted), (step, steps, warmup)
-    assert continual.learning_rate(0, 100, 0.01) == 1 and continual.learning_rate(50, 100, 0.0) == pytest.approx(0.5)
     assert continual.learning_rate(0, 100, 0.1) == pytest.approx(0.1) and continual.learning_rate(9, 9, 0.0) < 1e-12
 
 
 def test_the_rate_and_the_steps_in_the_log(scratch):
-    """lr follows the schedule from the plan's rate; steps count up to the plan's number; the last epoch is marked."""
+    """lr follows the schedule, steps count up; after each epoch a validation, and last how far the adapter moved."""
     now, records = learnt(scratch), []
-    continual.choose_trainable(now.model, "adapter")
-    train_pairs, valid = stage_data(now)
-    continual.train_stage(now.model, train_pairs, valid, now.template, Plan(2, 2, 3e-3, 8), now.cfg, records.append)
-    steps = [r for r in records if "ce" in r]
-    checks = [r for r in records if "valid_ce" in r]
-    total = 2 * math.ceil(len(train_pairs) / 8)
+    learn(now, log=records.append, epochs=2, lr=3e-3)
+    steps, checks = ([r for r in records if name in r] for name in ("ce", "valid_ce"))
+    total = 2 * math.ceil(len(examples(now.stages[1], "train", now.cfg.window)) / 8)
     assert [r["step"] for r in steps] == list(range(1, len(steps) + 1)) and len(steps) <= total == steps[0]["steps"]
     for r in steps:
         assert r["lr"] == pytest.approx(3e-3 * continual.learning_rate(r["step"] - 1, total, now.cfg.warmup))
-    assert [(r["epoch"], r["last"]) for r in checks] == [(0, False), (1, True)]
-    assert sum(r["tokens"] for r in steps) > 0
+    assert [r["epoch"] for r in checks] == [0, 1] and sum(r["tokens"] for r in steps) > 0
+    v, v_prev = (torch.cat([M.detach().flatten() for layer in anchored(now.model) for M in layer[half:half + 2]])
+                 for half in (0, 2))
+    assert records[-1]["moved"] == pytest.approx((v - v_prev).norm().item(), rel=1e-5)
+    assert records[-1]["anchor"] == pytest.approx(v_prev.norm().item(), rel=1e-5)
 
 
-def test_nan_is_an_error_before_the_step(scratch, monkeypatch):
-    """A loss that is not finite raises before any weight has changed; a validation loss, after its epoch."""
-    now = learnt(scratch, lam=math.inf)  # inf x 0 at the first step
+@pytest.mark.parametrize("broken", ["loss", "gradient", "validation"])
+def test_what_is_not_finite_is_an_error_before_the_step(scratch, broken, monkeypatch):
+    """A loss or a gradient that is not finite raises before any weight has changed; a validation loss, later."""
+    now = learnt(scratch)
     before = state(now.model)
-    with pytest.raises(FloatingPointError, match="stage 2"):
+    if broken == "loss":
+        monkeypatch.setattr(continual, "stage_loss", lambda *args: (loss := stage_loss(*args))._replace(
+            total=loss.total * math.nan))
+    elif broken == "gradient":
+        adapter_parameters(now.model)[0].register_hook(lambda g: g * math.inf)
+    else:
+        monkeypatch.setattr(continual, "mean_loss", lambda *rest: math.nan)
+    with pytest.raises(FloatingPointError, match="validation.*stage 2" if broken == "validation" else "stage 2"):
         later(now, "peso")
-    assert not moved(before, state(now.model))
-    monkeypatch.setattr(continual, "mean_loss", lambda *rest: math.nan)
-    with pytest.raises(FloatingPointError, match="validation"):
-        later(now, "single")
+    assert bool(moved(before, state(now.model))) == (broken == "validation")
 
 
-def test_a_gradient_that_is_not_finite_is_an_error_too(scratch):
-    """The loss may be finite where its gradient is not."""
-    now = learnt(scratch)
-    continual.choose_trainable(now.model, "adapter")
-    adapter_parameters(now.model)[0].register_hook(lambda g: g * math.inf)
-    before = state(now.model)
-    with pytest.raises(FloatingPointError):
-        continual.train_stage(now.model, *stage_data(now), now.template, Plan(2, 1, 1e-3, 8), now.cfg)
-    assert not moved(before, state(now.model))
-
-
-def test_no_epoch_leaves_the_model_alone(scratch):
-    """A base of 0 epochs is the random one."""
-    now = fresh(scratch)
-    before = state(now.model)
-    continual.train_stage(now.model, *stage_data(now), now.template, Plan(0, 0, 1e-3, 8), now.cfg)
-    assert not moved(before, state(now.model))
-
-
-def test_the_order_of_the_data_depends_on_seed_stage_and_epoch_only(scratch):
+def test_the_order_of_the_data_depends_on_seed_stage_and_epoch_only(scratch, monkeypatch):
     """Not on the weights, the rate, the penalty or what was drawn before; and on each of the three."""
-    now = learnt(scratch)
-    pairs, valid = stage_data(now)
+    now, ids = learnt(scratch), []
+    monkeypatch.setattr(continual, "collate", lambda some, *rest: ids.append([s.ids.tolist() for s in some]) or
+                        collate(some, *rest))
 
-    def order(stage=2, seed=0, lr=1e-3, penalty="none", noise=0):
-        trial, ids, epochs = fresh(now, seed=seed), [], ([], [])
+    def order(stage=2, noise=0, **changes):
+        trial, epochs = fresh(now), ([], [])
         perturb(trial.model, 0.01 * noise)
         torch.manual_seed(noise)
-        continual.choose_trainable(trial.model, "adapter")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(continual, "collate", lambda rows, device, preamble: (ids.append([r.ids.tolist() for r in rows]),
-                                                                      collate(rows, device, preamble))[1])
-            plan = Plan(stage, 2, lr, 8, penalty)
-            continual.train_stage(trial.model, pairs, valid, now.template, plan, trial.cfg,
-                                  lambda record: epochs[record["epoch"]].append(ids[-1]) if "ce" in record else None)
+        learn(trial, stage, lambda r: "ce" in r and epochs[r["epoch"]].append(ids[-1]), epochs=2, **changes)
         return epochs
     first, second = order()
-    assert order(lr=1e-2, penalty="kl", noise=5) == (first, second)
+    assert order(lr=1e-2, proximal="kl", noise=5) == (first, second)
     assert order(stage=3)[0] != first and order(seed=1)[0] != first and second != first
-    every = [sorted(row for batch in epoch for row in batch) for epoch in (first, second)]
-    assert every[0] == every[1] == sorted(r.ids.tolist() for r in sequences(pairs, now.template)), "each epoch sees all"
+    every = [sorted(ids for batch in epoch for ids in batch) for epoch in (first, second)]
+    wanted = sequences(examples(now.stages[1], "train", now.cfg.window), now.template)
+    assert every[0] == every[1] == sorted(s.ids.tolist() for s in wanted), "each epoch sees all"
 
 
-def test_the_base_learns_d0_alone(scratch, monkeypatch):
+def test_the_base_learns_d0_alone(scratch):
     """D_0: the training and validation pairs of a seeded share of D_1's users; no test item, no later stage."""
-    seen = []
-    monkeypatch.setattr(continual, "train_stage", lambda model, train, valid, template, plan, cfg, log, keeper: seen.append(
-        (train, valid, plan)))
-    stage = scratch.data.stages[0]
+    first, users = scratch.stages[0], []
+    data = {u: stage_data([dataclasses.replace(first, history={u: []}, current={u: items})], scratch.template,
+                          scratch.cfg.window) for u, items in first.current.items()}
     for share, seed in ((0.5, 0), (0.5, 1), (1.0, 0)):
         cfg = dataclasses.replace(scratch.cfg, base_share=share, seed=seed)
-        continual.learn_base(scratch.model, stage, scratch.template, cfg, SILENT)
-    users = [{e.user for e in valid} for _, valid, _ in seen]
-    assert [len(u) for u in users] == [math.ceil(len(stage.users) / 2)] * 2 + [len(stage.users)]
-    assert users[0] != users[1]
-    for (pairs, valid, plan), chosen in zip(seen, users):
-        assert set(pairs) == {e for e in examples(stage, "train", scratch.cfg.window) if e.user in chosen}
-        assert set(valid) == {e for e in examples(stage, "valid", scratch.cfg.window) if e.user in chosen}
-        assert (plan.stage, plan.penalty) == (0, "none")
-
-
-def test_unknown_names_are_refused_with_the_nearest():
-    """A method or a penalty that does not exist: the message lists those that do."""
-    with pytest.raises(ValueError, match="did you mean peso"):
-        continual.method_named("pesso")
-    with pytest.raises(ValueError, match="rank-kl"):
-        continual.penalty_named(micro("x", proximal="rank"), METHODS["peso"])
-    assert continual.penalty_named(micro("x", proximal="none"), METHODS["peso"]) == "none"
+        base = continual.base_data(first, scratch.template, cfg)
+        chosen = [u for u, (_, valid) in data.items() if str(valid[0]) in map(str, base[1])]
+        for part in (0, 1):
+            assert str(base[part]) == str([s for u in chosen for s in data[u][part]])
+        users.append(chosen)
+    n = len(first.users)
+    assert [len(u) for u in users] == [math.ceil(n / 2), math.ceil(n / 2), n] and users[0] != users[1]

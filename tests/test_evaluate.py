@@ -1,6 +1,4 @@
 """Ranks against scoring every item by hand, and the two recommenders that know no user."""
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -57,52 +55,32 @@ def test_ranks_are_those_of_scoring_every_item(hit):
     assert {e.target for e in examples} >= {3, 8, 11, 5, 6}, "the shared IDs were not asked for"
 
 
-def test_an_item_is_no_free_hit_by_its_neighbours_id():
-    """Of three items on one ID only the first has the ID's own place: 'item' ranks are r, r + 1, r + 2."""
-    trio = [Example(u, (1, 4), item, 1) for u, item in enumerate((3, 8, 11))]
-    by_item, by_id = (Ranker(IDS, KNOWN, TEMPLATE, ITEMS, hit).ranks(MODEL, trio).tolist() for hit in ("item", "id"))
-    assert by_item == [by_item[0], by_item[0] + 1, by_item[0] + 2] and len(set(by_id)) == 1, (by_item, by_id)
-
-
 @draws(12)
 @given(st.permutations(range(15)), st.sampled_from([1, 4, 64]))
 def test_batch_size_and_order_do_not_matter(order, batch):
     """Every user's rank is the user's own, whoever is searched beside them."""
     examples = questions(15, seed=1)
-    alone = [Ranker(IDS, KNOWN, TEMPLATE, beams=4).ranks(MODEL, [e]).item() for e in examples]
-    together = Ranker(IDS, KNOWN, TEMPLATE, beams=4).ranks(MODEL, [examples[i] for i in order], batch)
-    assert together.tolist() == [alone[i] for i in order]
+    ranker = Ranker(IDS, KNOWN, TEMPLATE, beams=4)
+    single = [ranker.ranks(MODEL, [e]).item() for e in examples]
+    assert ranker.ranks(MODEL, [examples[i] for i in order], batch).tolist() == [single[i] for i in order]
 
 
-def test_every_user_counts_and_what_is_not_found_is_0():
+def test_every_user_counts_and_what_the_beams_miss_is_0():
     """One rank per example, in the examples' order: 0 beyond the beams, 0 for an item the trie does not hold."""
     examples = questions(30, seed=3)
     wide = Ranker(IDS, KNOWN, TEMPLATE, beams=ITEMS, hit="id").ranks(MODEL, examples)
     narrow = Ranker(IDS, KNOWN, TEMPLATE, beams=3, hit="id").ranks(MODEL, examples)
-    found = narrow > 0
-    assert wide.all() and 0 < found.sum() < 30 and narrow.max() <= 3, (wide, narrow)
-    assert (narrow[found] <= wide[found]).all(), "fewer rivals cannot worsen a rank"
+    ranked = narrow > 0
+    assert wide.all() and 0 < ranked.sum() < 30 and narrow.max() <= 3, (wide, narrow)
+    assert (narrow[ranked] <= wide[ranked]).all(), "fewer rivals cannot worsen a rank"
     unknown = [e._replace(target=t) for e, t in zip(examples, [12, 13] * 15)]  # 13: on the ID of a known item
     for hit in ("item", "id"):
         assert not Ranker(IDS, KNOWN, TEMPLATE, ITEMS, hit).ranks(MODEL, unknown).any()
 
 
-def test_ids_that_overflow_are_refused():
-    """256 codes on 8 levels do not fit the integer that stands for an ID: an error, not a wrong rank."""
-    codes = torch.zeros(2, 8, dtype=torch.long)
-    codes[1, 7] = 1
-    with pytest.raises(ValueError, match="63 bits"):
-        Ranker(SemanticIDs(codes, 256), [0, 1], Template.short(codes, 256))
-    Ranker(SemanticIDs(codes[:, 1:], 256), [0, 1], Template.short(codes[:, 1:], 256))
-
-
-def test_nobody_to_rank_gives_no_rank():
-    """A stage without users is an empty tensor, not an error."""
-    assert Ranker(IDS, KNOWN, TEMPLATE).ranks(MODEL, []).tolist() == []
-
-
 def test_progress_counts_every_user_once():
-    """What the bar is told adds up to the number of users."""
+    """What the bar is told adds up to the number of users; nobody to rank is an empty tensor, not an error."""
+    assert Ranker(IDS, KNOWN, TEMPLATE).ranks(MODEL, []).tolist() == []
     told = []
     Ranker(IDS, KNOWN, TEMPLATE, beams=2).ranks(MODEL, questions(11, seed=5), batch=4, progress=told.append)
     assert sum(told) == 11 and max(told) <= 4, told
@@ -117,7 +95,7 @@ def test_dropout_is_off_while_ranking():
 
 def test_reference_hits_by_hand():
     """Random: top / known items. Popularity: the most taken of D_1 .. D_t without any stage's last two items
-    of a user, ties to the lower number; the target is the last item, cold if it is not counted. An empty stage has none."""
+    of a user, ties to the lower number; the target is the last item, cold if not counted. An empty stage has none."""
     first = Stage(1, {1: [], 2: [], 3: []}, {1: [0, 0, 1, 4, 1], 2: [1, 0, 5, 0], 3: [4, 4, 4, 6, 3]})
     # D_1 without the last two of each: 0 three times, 4 three times, 1 twice
     second = Stage(2, {4: [], 5: []}, {4: [1, 1, 7, 9, 1], 5: [7, 8, 9]})  # adds 1 twice, 7 twice: 1 leads with four

@@ -1,631 +1,468 @@
 """A run that is killed, starved, disturbed or damaged: it ends in the same bytes, or says what is wrong."""
-from __future__ import annotations
-
 import contextlib
-import errno
 import json
 import os
 import pickle
 import shutil
 import signal
-import socket
-import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from minipeso import continual, rqvae
-from minipeso.runs import checkpoint, disk, keeper, prepare, report, signals
+from minipeso.config import UsageError
+from minipeso.rivals import twotower
+from minipeso.runs import checkpoints, report, setup
+from minipeso.runs.checkpoints import (
+    KEPT, CheckpointError, Checkpoints, Stop, load_checkpoint, locked, read, sweep, write_file)
 from minipeso.runs.guard import guard
 from minipeso.runs.reopen import reopen
-from minipeso.runs.disk import CheckpointError
+from minipeso.runs.run import Run
+from minipeso.state import Progress
 from tests.killer import content
-from tests.micro import MICRO, flags, micro, run
-from tests.micro import checkpoint as llama
+from tests.micro import MICRO, checkpoint, flags, micro, run
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-LONG = dict(epochs=2, compare="sumlora-all,sdlora-latest-inherit,inflora-all,retrain,evorec", lam=1e4,
-            evo_consistency=1.0, evo_layers=1.0, filter_epochs=1)
 
 
 class Killed(BaseException):
     """Stands for SIGKILL in this process: nothing catches it, nothing cleans up after it."""
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """An uninterrupted run of MICRO."""
-    out = tmp_path_factory.mktemp("whole")
-    run(micro(out))
-    return out
+def small(out: Path, **changes):
+    return micro(out, **dict(epochs=3) | changes)
+
+
+def goes_on(out: Path, whole: Path, **changes) -> None:
+    """With --resume `out` ends in every byte of the uninterrupted run, and leaves no unfinished file."""
+    run(small(out, resume=True, **changes))
+    assert content(out) == content(whole) and not list(out.rglob(".*.part-*"))
+
+
+def until_done(out: Path, whole: Path, **changes) -> None:
+    """The same, of a run that dies at most starts; the folder is not there at the first."""
+    for _ in range(100):
+        with contextlib.suppress(Killed):
+            return goes_on(out, whole, **changes)
+
+
+def kill_after_saving(patch: pytest.MonkeyPatch, phase: str = "") -> list[tuple[str, int]]:
+    """Every epoch of the phases so called kills when it is first saved -> where they note (phase, epoch)."""
+    save, seen = Checkpoints.save, []
+
+    def dies(self, of, progress):
+        save(self, of, progress)
+        assert len(self.numbered(f"{of}.epoch-")) <= KEPT
+        if of.startswith(phase) and (of, progress.epoch) not in seen:
+            seen.append((of, progress.epoch))
+            raise Killed
+    patch.setattr(Checkpoints, "save", dies)
+    return seen
+
+
+def refused(cfg, capsys, code: int, *words: str) -> None:
+    """The run ends with this exit code and three lines, which have these words."""
+    with pytest.raises(SystemExit) as left:
+        guard(lambda: train.main(cfg))
+    told = capsys.readouterr().err.rpartition("error: ")[2].strip("\n")
+    assert left.value.code == code and told.count("\n") == 2 and all(word in told for word in words), told
+
+
+def commit(folder: Path, files: dict[str, bytes]) -> None:
+    with checkpoints.whole(folder) as part:
+        for name, data in files.items():
+            (part / name).write_bytes(data)
+
+
+def flip(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def files(folder: Path) -> dict:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch) -> None:
-    """No test waits for what the test before it has spent on saving."""
-    monkeypatch.setattr(keeper.Keeper, "due", 0.0)
+def every_epoch_is_saved(monkeypatch) -> None:
+    monkeypatch.setattr(checkpoints, "SHARE", float("inf"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    run(small(out))
+    return out
 
 
 @pytest.fixture(scope="module")
 def killed_halfway(tmp_path_factory) -> Path:
-    """A run killed at the third step of peso's last stage, every step saved: it has checkpoints of both kinds."""
+    """The same, killed after the second epoch of peso's last stage: it has checkpoints of both kinds."""
     out = tmp_path_factory.mktemp("halfway")
-    steps, step = [], continual.train_step
-
-    def dies(objective, batch, optimiser, plan, *rest):
-        steps.append(plan)
-        if plan[0] == 3 and plan.penalty == "kl" and steps.count(plan) == 3:
-            raise Killed
-        return step(objective, batch, optimiser, plan, *rest)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(keeper, "SHARE", float("inf"))
-        patch.setattr(keeper.Keeper, "due", 0.0)
-        patch.setattr(continual, "train_step", dies)
-        run(micro(out, batch=2))
-    assert (out / "checkpoints" / "peso-stage-3.step-2").is_dir(), list((out / "checkpoints").iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "SHARE", float("inf"))
+        kill_after_saving(patch, "peso-stage-3")
+        for resume in (False, True):
+            with pytest.raises(Killed):
+                run(small(out, resume=resume))
     return out
 
 
 @pytest.fixture
 def halfway(killed_halfway, tmp_path) -> Path:
-    """A copy of it, under another name."""
     return shutil.copytree(killed_halfway, tmp_path / "copy")
 
 
-@pytest.fixture(scope="module")
-def whole_of_halfway(tmp_path_factory) -> dict:
-    out = tmp_path_factory.mktemp("whole-2")
-    run(micro(out, batch=2))
-    return content(out)
+# -- interruption and resumption -----------------------------------------------------------------------
 
-
-def fails(main, capsys, monkeypatch, *argv) -> tuple[int, list[str]]:
-    """(exit code, the message's lines) of what main() ends with under guard."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    with pytest.raises(SystemExit) as left:
-        guard(main)
-    return left.value.code, capsys.readouterr().err.rpartition("error: ")[2].strip("\n").splitlines()
-
-
-# -- A. interruption and resumption -----------------------------------------------------------------
-
-def killed(folder: Path, kills: int, seed: int) -> dict:
-    done = subprocess.run([sys.executable, "-W", "error", "-m", "tests.killer", folder, str(kills), str(seed)], cwd=ROOT,
-                          env=ENVIRONMENT, capture_output=True, text=True)
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_random_kills_end_in_the_same_bytes(kills, tmp_path):
+    """SIGKILL at random moments, --resume: every byte of the uninterrupted run, and no unfinished file."""
+    command = [sys.executable, "-W", "error", "-m", "tests.killer", tmp_path, str(kills), str(int(time.time()))]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    told = json.loads(done.stdout)
+    assert told.get("kills", 0) >= kills and len(told["seen"]) >= 3, (command, told)
 
 
-def test_20_random_kills_end_in_the_same_bytes(tmp_path):
-    """SIGKILL at 20 random moments, wherever they fall (data, RQ-VAE, base, stages, saving, ranking): --resume ends
-    in every byte of the uninterrupted run, and leaves no unfinished file."""
-    found = killed(tmp_path, 20, seed=int(time.time()))
-    assert found.get("kills", 0) >= 20 and found["runs"] >= 1 and len(found["seen"]) >= 3, found
+def test_every_epoch_of_every_kind_of_method_can_be_gone_on_from(tmp_path, monkeypatch):
+    """D_0, D_1 with dropout and rows, sums of adapters, learnt magnitudes, InfLoRA's memory, a restart, EvoRec."""
+    methods = ["sumlora-all", "sdlora-latest-inherit", "inflora-all", "retrain", "evorec", "peso"]
+    settings = dict(epochs=2, base_epochs=2, compare=",".join(methods), lam=1e4, rivals={"evo_layers": 1.0})
+    run(micro(tmp_path / "whole", **settings))
+    killed = kill_after_saving(monkeypatch)
+    until_done(tmp_path / "run", tmp_path / "whole", **settings)
+    phases = ["semantic-ids", "base", "LoRA-stage-1", *(f"{name}-stage-{t}" for name in methods for t in (2, 3))]
+    assert killed == [(phase, epoch) for phase in phases for epoch in (1, 2)]
 
 
-@pytest.mark.slow
-def test_200_random_kills_end_in_the_same_bytes(tmp_path):
-    """The same, longer."""
-    found = killed(tmp_path, 200, seed=1)
-    assert found.get("kills") == 200, found
+def test_every_epoch_of_the_rqvae_can_be_gone_on_from(tmp_path, monkeypatch):
+    """Also of the best so far; a Llama embeds every item once, and its vectors go when the IDs are there."""
+    llama = checkpoint(tmp_path / "llama")
+    settings = dict(epochs=1, rqvae_epochs=8, base=str(llama), prompt="paper", text_width=0)
+    run(micro(tmp_path / "whole", **settings))
+    vectors, embedded = setup.item_vectors, []
+    monkeypatch.setattr(setup, "item_vectors", lambda *args: embedded.append(1) or vectors(*args))
+    killed = kill_after_saving(monkeypatch, "semantic-ids")
+    until_done(tmp_path / "run", tmp_path / "whole", **settings)
+    assert killed == [("semantic-ids", epoch) for epoch in range(1, 9)] and embedded == [1]
+    assert not (tmp_path / "run" / "checkpoints" / "item-vectors").exists()
 
 
-def test_every_step_of_every_kind_of_method_can_be_gone_on_from(tmp_path, monkeypatch):
-    """Killed at every 23rd step, all steps saved: the base, D_1 with dropout and new rows, sums of old adapters,
-    learnt magnitudes, InfLoRA's memory, a restart from the base and EvoRec's filter all go on bit for bit."""
-    run(micro(tmp_path / "whole", **LONG))
-    monkeypatch.setattr(keeper, "SHARE", float("inf"))
-    step, steps = continual.train_step, []
-
-    def dies(*args):
-        steps.append(1)
-        if len(steps) % 23 == 0:
-            raise Killed
-        return step(*args)
-    monkeypatch.setattr(continual, "train_step", dies)
-    for attempt in range(200):
-        with contextlib.suppress(Killed):
-            run(micro(tmp_path / "run", resume=True, **LONG))
-            break
-    assert attempt > 5, attempt
-    assert content(tmp_path / "run") == content(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("base", ["tiny", "llama"])
-def test_every_epoch_of_the_rqvae_can_be_gone_on_from(base, tmp_path, monkeypatch):
-    """Killed after each epoch, every one saved: the same IDs; of a Llama's texts every item is embedded once."""
-    changes = dict(rqvae_epochs=8, compare="", method="pretrain")
-    if base == "llama":
-        changes |= dict(base=str(llama(tmp_path / "llama")), prompt="paper", layers=0, text_width=0)
-    run(micro(tmp_path / "whole", **changes))
-    monkeypatch.setattr(keeper, "SHARE", float("inf"))
-    save, saved, embedded, vectors = keeper.Keeper.save, [], [], prepare.item_vectors
-
-    def dies(self, at):
-        save(self, at)
-        if self.phase == "semantic-ids" and at.step not in saved:
-            saved.append(at.step)
-            raise Killed
-    monkeypatch.setattr(keeper.Keeper, "save", dies)
-    monkeypatch.setattr(prepare, "item_vectors", lambda *args: (embedded.append(1), vectors(*args))[1])
-    for attempt in range(20):
-        with contextlib.suppress(Killed):
-            run(micro(tmp_path / "run", resume=True, **changes))
-            break
-    assert saved == list(range(1, 9)) and len(embedded) == (9 if base == "tiny" else 1), (saved, embedded)
-    assert content(tmp_path / "run") == content(tmp_path / "whole")
-    left = {p.name.partition(".")[0] for p in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert "semantic-ids" in left and "item-vectors" not in left, left
-
-
-CALLS = ("os.fsync", "os.rename", "os.replace", "shutil.rmtree")
+def test_the_towers_of_d1_are_learnt_once(tmp_path, monkeypatch):
+    """Killed in the stages after D_1: its model is taken from the folder."""
+    settings = dict(method="lightgcn-pisa", compare="lightgcn-finetune", rivals=dict(tower_epochs=4))
+    run(small(tmp_path / "whole", **settings))
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(twotower.TwoTowers, "learn", None)
+        run(small(tmp_path / "run", **settings))
+    monkeypatch.setattr(twotower.TwoTowers, "first", None)  # fails if it is called
+    goes_on(tmp_path / "run", tmp_path / "whole", **settings)
 
 
 def crashing(monkeypatch, name: str, nth: int, before: bool) -> None:
     """The nth call of the function kills, before or after it has done its work."""
     module, _, function = name.partition(".")
-    real, count = getattr(sys.modules[module], function), []
+    real, calls = getattr(sys.modules[module], function), []
 
     def call(*args, **kwargs):
-        count.append(1)
-        if len(count) == nth and before:
-            raise Killed
-        result = real(*args, **kwargs)
-        if len(count) == nth:
-            raise Killed
-        return result
+        calls.append(1)
+        if len(calls) != nth:
+            return real(*args, **kwargs)
+        if not before:
+            real(*args, **kwargs)
+        raise Killed
     monkeypatch.setattr(name, call)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", ["os.fsync", "os.rename", "os.replace", "shutil.rmtree"])
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_a_kill_while_committing_leaves_the_old_or_the_new_or_nothing(name, before, tmp_path, monkeypatch):
-    """At every call that touches names or the disk, with an old folder in the way: what has the name afterwards is
-    intact, and a sweep leaves no unfinished file."""
-    old, new = ({"a": word * 100, "b": word} for word in (b"old", b"new"))
-    for nth in range(1, 8):
-        folder = tmp_path / f"{nth}" / "state"
-        disk.commit(folder, old)
+    """At every call that touches names or the disk; a sweep removes what has no name yet."""
+    old, new = ({"a": word.encode() * 100, "b": word.encode()} for word in ("old", "new"))
+    for nth in range(1, 6):
+        folder, file = tmp_path / f"{nth}" / "state", tmp_path / f"{nth}" / "file"
+        commit(folder, old)
+        write_file(file, "old")
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
             crashing(patch, name, nth, before)
-            disk.commit(folder, new)
-        if folder.is_dir():
-            assert disk.read(folder)["b"] in (b"old", b"new")
-        disk.sweep(folder.parent)
-        assert {p.name for p in folder.parent.iterdir()} <= {"state"}
-        disk.commit(folder, new)
-        assert disk.read(folder)["a"] == new["a"]
+            commit(folder, new)
+            write_file(file, "new")
+        assert (not folder.is_dir() or read(folder) in (old, new)) and file.read_text() in ("old", "new")
+        sweep(folder.parent)
+        assert {p.name for p in folder.parent.iterdir()} <= {"state", "file"}
 
 
-@pytest.mark.parametrize("name, nth, before", [("os.fsync", 9, True), ("os.rename", 4, True), ("os.rename", 5, False),
-                                               ("os.replace", 6, True), ("shutil.rmtree", 1, True)])
+@pytest.mark.parametrize("name, nth, before", [("os.fsync", 9, True), ("os.rename", 4, True), ("os.rename", 15, False),
+                                               ("os.replace", 4, True), ("shutil.rmtree", 8, True)])
 def test_a_run_killed_while_saving_ends_in_the_same_bytes(name, nth, before, whole, tmp_path, monkeypatch):
-    """Before and after the calls that write: gone on with, the run is the uninterrupted one, without leftovers."""
-    monkeypatch.setattr(keeper, "SHARE", 0.3)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         crashing(patch, name, nth, before)
-        run(micro(tmp_path))
-    run(micro(tmp_path, resume=True))
-    assert content(tmp_path) == content(whole) and not list(tmp_path.rglob(".*.part-*"))
+        run(small(tmp_path))
+    goes_on(tmp_path, whole)
 
 
-def test_a_kill_while_ranking_does_not_train_again(whole, tmp_path, monkeypatch):
-    """Killed in the last stage's evaluation: the stage's training is taken from its last step."""
-    monkeypatch.setattr(keeper, "SHARE", float("inf"))
-    ranks, asked = train.learn_later.__globals__["rank_users"], []
-
-    def dies(made, t, *rest):
-        asked.append(t)
-        if asked == [1, 2, 3, 2, 3]:
-            raise Killed
-        return ranks(made, t, *rest)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("minipeso.runs.run.rank_users", dies)
-        run(micro(tmp_path))
-    monkeypatch.setattr(continual, "train_step", None)  # would fail if it were called
-    run(micro(tmp_path, resume=True))
-    assert content(tmp_path) == content(whole)
+def test_a_kill_while_ranking_does_not_train_again(halfway, whole, monkeypatch):
+    """The training of the last stage, over but not yet ranked, is taken from its last epoch."""
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(Run, "rank", None)
+        run(small(halfway, resume=True))
+    monkeypatch.setattr(continual, "train_step", None)  # fails if it is called
+    goes_on(halfway, whole)
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_first(signum, code, tmp_path):
-    """In D_1's training: the step is finished and saved though no save was due; exit 143 and 130, no traceback, and
-    --resume starts behind that step."""
-    driver = ("import sys, train; from minipeso import config, keeper; from minipeso.runs.guard import guard; keeper.Keeper.due = float('inf'); "
-              "guard(lambda: train.main(config.from_args(sys.argv[1:])))")
-    argv = flags(**MICRO | dict(out=tmp_path / "run", epochs=400))
-    process = subprocess.Popen([sys.executable, "-c", driver, *argv], cwd=ROOT, env=ENVIRONMENT, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    log = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (log.is_file() and '"stage": 1, "epoch": 1' in log.read_text()):
-        time.sleep(0.02)
-    process.send_signal(signum)
-    _, said = process.communicate(timeout=20)
-    assert process.returncode == code and "Traceback" not in said, said
-    assert f"stopped by {signal.Signals(signum).name}; the same command with --resume goes on\n" in said, said
-    saved = keeper.numbered(tmp_path / "run" / "checkpoints", "first.step-")
-    facts = checkpoint.read(saved[-1])[1]
-    assert facts["step"] > 0 and not (tmp_path / "run" / "run.lock").exists()
+@pytest.mark.parametrize("signum, code, module, name, phase", [
+    (signal.SIGTERM, 143, continual, "train_step", "LoRA-stage-1"),
+    (signal.SIGINT, 130, rqvae.RQVAE, "loss", "semantic-ids")])
+def test_a_signal_saves_first(signum, code, module, name, phase, whole, tmp_path, monkeypatch, capfd):
+    """The epoch is finished and saved though no save was due; told in a line; gone on with from there."""
+    real = getattr(module, name)
 
-
-def test_a_signal_in_the_rqvae_saves_first(whole, tmp_path, monkeypatch):
-    """The epoch is finished and saved though no save was due, and the IDs go on from there."""
-    monkeypatch.setattr(keeper.Keeper, "due", float("inf"))
-    loss, asked = rqvae.RQVAE.loss, []
-
-    def told(self, *args, **how):
-        asked.append(1)
-        if len(asked) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, *args, **how)
+    def told(*args):
+        if not Stop.signum and (module is not continual or args[3] == 1):  # D_1
+            os.kill(os.getpid(), signum)
+        return real(*args)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-        patch.setattr(rqvae.RQVAE, "loss", told)
-        run(micro(tmp_path))
-    assert left.value.code == 143 and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["semantic-ids.step-1"]
-    run(micro(tmp_path, resume=True))
-    assert content(tmp_path) == content(whole)
+        patch.setattr(module, name, told)
+        patch.setattr(checkpoints, "SHARE", 1e-9)
+        guard(lambda: train.main(small(tmp_path)))
+    assert left.value.code == code
+    assert f"stopped by {signal.Signals(signum).name}; the same command with --resume" in capfd.readouterr().err
+    assert (tmp_path / "checkpoints" / f"{phase}.epoch-1").is_dir()
+    goes_on(tmp_path, whole)
 
 
-def test_a_second_signal_leaves_at_once(monkeypatch):
-    """The first waits for the end of the step; the second does not."""
-    left = []
+def test_a_second_signal_or_one_outside_an_epoch_ends_at_once(monkeypatch):
+    """The first waits for the end of the epoch if there is one. Afterwards signals mean what they did."""
+    left, before = [], signal.getsignal(signal.SIGINT)  # a shell's background job ignores it
     monkeypatch.setattr(os, "_exit", left.append)
-    with signals.heard():
-        with signals.step():
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
-            assert signals.Request.signum == signal.SIGTERM and not left
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
-            assert left == [130]
-
-
-def test_outside_a_step_a_signal_ends_at_once():
-    """Nothing would be gained by waiting. Afterwards the signal means what it did."""
-    before = signal.getsignal(signal.SIGINT)  # a shell's background job ignores it
-    with pytest.raises(SystemExit) as error, signals.heard():
+    with pytest.raises(SystemExit, match="130"), Stop.heard():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
-    assert error.value.code == 130 and signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is before
+    with Stop.heard():
+        Stop.waits = True
+        for signum, codes in ((signal.SIGTERM, []), (signal.SIGINT, [130])):
+            os.kill(os.getpid(), signum)
+            time.sleep(0.01)
+            assert left == codes
 
 
-@pytest.mark.parametrize("change", [dict(lam=3.0), dict(lr=2e-3), dict(seed=1), dict(epochs=3), dict(method="single"),
-                                    dict(compare="")], ids=lambda change: next(iter(change)))
-def test_a_changed_setting_is_refused_by_name(change, halfway, capsys, monkeypatch):
-    """Exit 2 and the flag with both values; nothing is touched."""
-    before = {p: p.read_bytes() for p in halfway.rglob("*") if p.is_file()}
-    name = next(iter(change))
-    code, message = fails(lambda: train.main(micro(halfway, resume=True, **dict(batch=2) | change)), capsys, monkeypatch)
-    assert code == 2 and len(message) == 3 and ("--lambda" if name == "lam" else f"--{name}") in message[1], message
-    assert {p: p.read_bytes() for p in halfway.rglob("*") if p.is_file()} == before
+# -- the same run, or none -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change", [{"lam": 3.0}, {"lr": 2e-3}, {"seed": 1}, {"epochs": 4}, {"method": "single"}])
+def test_a_changed_setting_is_refused_by_name(change, killed_halfway, capsys):
+    """The flag with both values; nothing is touched."""
+    before, (flag, value) = files(killed_halfway), flags(**change)
+    refused(small(killed_halfway, resume=True, **change), capsys, 2, f"{flag} ", f" {value} now")
+    assert files(killed_halfway) == before
 
 
-def test_what_does_not_change_the_numbers_may_change(halfway, whole_of_halfway):
-    """--eval-batch and --threads, and the folder's own name and place."""
+def test_what_does_not_change_the_numbers_may_change(halfway, whole):
+    """--eval-batch and --threads, the folder's own name and place, and what others have put into it."""
     moved = halfway.rename(halfway.with_name("elsewhere with spaces ü"))
-    assert len(list((moved / "checkpoints").iterdir())) > 5
-    run(micro(moved, batch=2, resume=True, eval_batch=7, threads=1))
-    assert {k: v for k, v in content(moved).items() if k != "config.json"} == \
-           {k: v for k, v in whole_of_halfway.items() if k != "config.json"}
+    for place in ("checkpoints", "checkpoints/LoRA-stage-1"):
+        (moved / place / "notes.txt").write_text("mine")
+    goes_on(moved, whole, eval_batch=7, threads=1)
 
 
-def test_other_data_or_texts_are_refused(tmp_path, capsys, monkeypatch):
-    """A review more, or another title: exit 2 saying which."""
-    run(micro(tmp_path / "made"))
-    world = tmp_path / "made" / "world"
-    settings = dict(dataset=str(world), resume=True)
-    run(micro(tmp_path / "run", **settings))
-    (tmp_path / "run" / "results.json").unlink()
-    titles = (world / "meta_Demo.jsonl").read_text()
-    (world / "meta_Demo.jsonl").write_text(titles.replace("no. 1", "number 1"))
-    code, message = fails(lambda: run(micro(tmp_path / "run", **settings)), capsys, monkeypatch)
-    assert code == 2 and "the items' texts or IDs have another hash" in message[1], message
-    (world / "meta_Demo.jsonl").write_text(titles)
-    rows = (world / "Demo.jsonl").read_text().splitlines(keepends=True)
-    (world / "Demo.jsonl").write_text("".join(rows[:-3]))
-    code, message = fails(lambda: run(micro(tmp_path / "run", **settings)), capsys, monkeypatch)
-    assert code == 2 and "data has another hash" in message[1], message
+def test_a_method_can_be_added(whole, tmp_path, monkeypatch):
+    """--resume with one more in --compare computes that one alone, and ends as a fresh run with both."""
+    both = dict(compare="single,sdlora-all")
+    run(small(tmp_path / "fresh", **both))
+    added, save, saved = shutil.copytree(whole, tmp_path / "added"), Run.save, []
+    monkeypatch.setattr(Run, "save", lambda *args: saved.append(args[1:3]) or save(*args))
+    goes_on(added, tmp_path / "fresh", **both)
+    assert saved == [("sdlora-all", 2), ("sdlora-all", 3)]
 
 
-def test_another_base_is_refused(tmp_path, capsys, monkeypatch):
-    """One weight of the checkpoint is another: neither is the run gone on with nor opened again."""
-    base = llama(tmp_path / "llama")
-    settings = dict(base=str(base), prompt="paper", layers=0, text_width=0, compare="", resume=True)
-    run(micro(tmp_path / "run", **settings))
+def test_other_data_texts_or_weights_are_refused(whole, tmp_path, capsys):
+    """A review less, another title, one bit of the base: told which; neither is the run opened again."""
+    world, base = shutil.copytree(whole / "world", tmp_path / "world"), checkpoint(tmp_path / "llama")
+    cfg = small(tmp_path / "run", dataset=str(world), base=str(base), prompt="paper", compare="", resume=True)
+    run(cfg)
     reopen(tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
-    flip(base / "model.safetensors")
-    code, message = fails(lambda: run(micro(tmp_path / "run", **settings)), capsys, monkeypatch)
-    assert code == 2 and "the base's files have another hash" in message[1], message
-    code, message = fails(lambda: reopen(tmp_path / "run"), capsys, monkeypatch)
-    assert code == 2 and "the base's files have the hash" in message[1], message
+    for path, how, what in (
+            (world / "Demo.jsonl", lambda data: data[:data[:-600].rindex(b"\n")], "the data has"),
+            (world / "meta_Demo.jsonl", lambda data: data.replace(b"no. 1", b"1"), "the items' texts or IDs have"),
+            (base / "model.safetensors", flip, "the base's files have")):
+        kept = path.read_bytes()
+        path.write_bytes(how(kept))
+        refused(cfg, capsys, 2, f"{what} another hash")
+        with pytest.raises(UsageError, match=f"{what} another hash"):
+            reopen(tmp_path / "run")
+        path.write_bytes(kept)
 
 
 def test_the_demo_needs_no_network(tmp_path, monkeypatch):
     """Not a socket is made."""
-    def no_network(*args, **kwargs):
-        raise AssertionError("the network was touched")
-    monkeypatch.setattr(socket, "socket", no_network)
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr("socket.socket", None)
+    monkeypatch.setattr("socket.getaddrinfo", None)
     run(micro(tmp_path))
     reopen(tmp_path)
 
 
-def test_one_process_a_folder(tmp_path, capsys, monkeypatch):
-    """A second one is refused with the pid of the first; the lock of a dead one is no hindrance, and none is left."""
-    with disk.alone(tmp_path):
-        code, message = fails(lambda: train.main(micro(tmp_path)), capsys, monkeypatch)
-        assert code == 2 and f"pid {os.getpid()}" in message[1], message
-    assert not tmp_path.exists(), "nothing else was written there"
-    tmp_path.mkdir()
-    (tmp_path / "run.lock").write_text("999999\n")
-    run(micro(tmp_path))
-    assert not (tmp_path / "run.lock").exists()
+def test_one_process_per_folder(tmp_path, capsys):
+    """A second one is refused; neither leaves anything."""
+    with locked(tmp_path / "run"):
+        refused(small(tmp_path / "run"), capsys, 2, "it holds the folder's lock")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_prints_its_results_and_does_nothing(whole):
-    """With --resume: the same tables, no file touched."""
-    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.is_file()}
-    printed = run(micro(whole, resume=True))
-    assert "peso - single" in printed and "finished before" in printed
-    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.is_file()} == before
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    assert "peso - single" in run(small(whole, resume=True))
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
 
 
-def test_the_seconds_are_those_that_passed(tmp_path):
-    """Nothing is counted twice, in a run from the start or in what is gone on with."""
+def test_seconds_add_up_over_starts(halfway):
+    """A method's are of all its stages and starts; nothing is counted twice."""
+    stage, _, epoch = (load_checkpoint(place)[1]["seconds"] for place in sorted(halfway.glob("checkpoints/peso*")))
     began = time.monotonic()
-    run(micro(tmp_path))
-    first = time.monotonic() - began
-    seconds = json.loads((tmp_path / "results.json").read_text())["seconds"]
-    assert 0 < sum(seconds.values()) <= first, (seconds, first)
-    (tmp_path / "results.json").unlink()
-    run(micro(tmp_path, resume=True))
-    again = json.loads((tmp_path / "results.json").read_text())["seconds"]
-    assert sum(again.values()) <= time.monotonic() - began, (seconds, again)
+    run(small(halfway, resume=True))
+    seconds = json.loads((halfway / "results.json").read_text())["seconds"]
+    assert 0 < stage < epoch < seconds["peso"] and sum(seconds.values()) < epoch + time.monotonic() - began
 
 
-def test_nothing_to_go_on_from_is_a_fresh_start(whole, tmp_path):
-    """--resume in an empty folder, so that one command line can be started again and again."""
-    run(micro(tmp_path / "new", resume=True))
-    assert content(tmp_path / "new") == content(whole)
-
-
-def test_checkpoints_are_kept_bounded(tmp_path, monkeypatch):
-    """Of unfinished steps two, of a method's stages the newest two, each with all ranks until then."""
-    monkeypatch.setattr(keeper, "SHARE", float("inf"))
-    save, most = keeper.Keeper.save, []
-
-    def watched(self, at):
-        save(self, at)
-        most.append(len(self.states()))
-    monkeypatch.setattr(keeper.Keeper, "save", watched)
-    run(micro(tmp_path, stages=5, compare=""))
-    assert max(most) == keeper.KEPT and len(most) > 10
+def test_checkpoints_are_kept_bounded(tmp_path):
+    """When all is over, the newest two stages of a method, each with all ranks until then."""
+    run(micro(tmp_path, stages=4, compare=""))
     names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"semantic-ids", "base", "first", "peso-stage-4", "peso-stage-5"}
-    four, five = (checkpoint.read(tmp_path / "checkpoints" / f"peso-stage-{t}")[1] for t in (4, 5))
-    assert five["ranks"] == json.loads((tmp_path / "ranks.json").read_text())
-    assert 0 < four["seconds"] < five["seconds"], "a method's seconds are of all its stages"
-
-
-def test_saving_costs_little(monkeypatch, tmp_path):
-    """After a save that took c seconds the next is due c / 2 % later, whatever phase asks."""
-    monkeypatch.setattr(keeper.Keeper, "due", 0.0)
-    saves, write = [], checkpoint.write
-
-    def slow(*args):
-        saves.append(time.monotonic())
-        time.sleep(0.01)
-        write(*args)
-    monkeypatch.setattr(checkpoint, "write", slow)
-    steps, step = [], continual.train_step
-    monkeypatch.setattr(continual, "train_step", lambda *args: (steps.append(1), step(*args))[1])
-    run(micro(tmp_path, epochs=4))
-    phases = 7  # semantic IDs, base, first, two stages each of two methods
-    seconds = saves[-1] - saves[0]
-    assert len(steps) > 30 and len(saves) - phases <= 2 + seconds * keeper.SHARE / 0.01, (len(saves), seconds)
-
-
-def test_the_base_can_be_read_as_parameters(whole):
-    """checkpoints/base holds {parameter name: tensor} of the model before LoRA, also without --resume."""
-    tensors, _ = checkpoint.read(whole / "checkpoints" / "base")
-    assert {"model.embed_tokens.weight", "model.embed_tokens.rows", "model.layers.0.self_attn.q_proj.weight"} <= set(tensors)
-    assert not any(".A" in name or ".B" in name for name in tensors)
-
-
-# -- B. damaged files -------------------------------------------------------------------------------
-
-def cut(n: int):
-    return lambda path: path.write_bytes(path.read_bytes()[:n if n >= 0 else len(path.read_bytes()) + n])
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) * 3 // 4] ^= 1
-    path.write_bytes(data)
-
-
-DAMAGE = [("state.safetensors", cut(-1)), ("state.safetensors", cut(-1000)), ("state.safetensors", cut(7)),
-          ("state.safetensors", cut(0)), ("state.safetensors", flip), ("facts.json", flip), ("facts.json", Path.unlink),
-          ("manifest.json", flip), ("manifest.json", cut(20)), ("manifest.json", Path.unlink)]
-
-
-@pytest.mark.parametrize("place", ["peso-stage-3.step-2", "peso-stage-2", "first"])
-@pytest.mark.parametrize("file, damage", DAMAGE, ids=range(len(DAMAGE)))
-def test_a_damaged_checkpoint_is_told(place, file, damage, halfway, capsys):
-    """Truncated, flipped, missing: reported by name and removed; the intact ones stay."""
-    damage(halfway / "checkpoints" / place / file)
-    rest = {p.name for p in (halfway / "checkpoints").iterdir()} - {place}
-    with pytest.raises(CheckpointError, match=place):
-        checkpoint.read(halfway / "checkpoints" / place)
-    checkpoint.check(halfway / "checkpoints")
-    assert place in capsys.readouterr().err and {p.name for p in (halfway / "checkpoints").iterdir()} == rest
-
-
-@pytest.mark.parametrize("places", [["peso-stage-3.step-2"], ["peso-stage-3.step-2", "peso-stage-3.step-1"],
-                                    ["peso-stage-2"], ["first", "single-stage-3"], ["base", "semantic-ids"]],
-                         ids=lambda places: places[0] + f"+{len(places) - 1}")
-def test_after_damage_the_result_is_the_same(places, halfway, whole_of_halfway):
-    """A bit flipped in tensors, which safetensors would not notice: the checkpoint before it counts."""
-    for place in places:
-        flip(halfway / "checkpoints" / place / "state.safetensors")
-    run(micro(halfway, batch=2, resume=True))
-    assert content(halfway) == whole_of_halfway
-
-
-def test_no_intact_checkpoint_is_code_3(halfway, capsys, monkeypatch):
-    """Each is named with its reason, nothing is removed, and the way out is told."""
-    places = sorted(p for p in (halfway / "checkpoints").iterdir())
-    for place in places:
-        cut(7)(place / "state.safetensors")
-    code, message = fails(lambda: run(micro(halfway, batch=2, resume=True)), capsys, monkeypatch)
-    assert code == 3 and len(message) == 3 and "without --resume" in message[2], message
-    assert all(place.name in message[1] and place.is_dir() for place in places), message
-
-
-def test_checkpoints_of_another_run_are_code_3(whole, tmp_path, capsys, monkeypatch):
-    """Copied in from a run with another lambda, or config.json edited by hand: refused."""
-    run(micro(tmp_path, lam=3.0))
-    (tmp_path / "results.json").unlink()
-    edited = json.loads((tmp_path / "config.json").read_text()) | {"lam": 2.0}
-    (tmp_path / "config.json").write_text(json.dumps(edited))
-    code, message = fails(lambda: run(micro(tmp_path, resume=True)), capsys, monkeypatch)
-    assert code == 3 and "other settings" in message[0], message
-
-
-class Canary:
-    def __reduce__(self):
-        return os.mkdir, (os.environ["CANARY"],)
-
-
-def test_a_pickle_is_refused_and_not_run(halfway, tmp_path, monkeypatch):
-    """In place of the tensors, even with a manifest that fits it: refused, and what it would do is not done."""
-    canary = tmp_path / "canary"
-    monkeypatch.setenv("CANARY", str(canary))
-    place = halfway / "checkpoints" / "first"
-    facts = (place / "facts.json").read_bytes()
-    for disguise in (pickle.dumps(Canary()), pickle.dumps({"A": Canary()}, protocol=0)):
-        disk.commit(place, {"state.safetensors": disguise, "facts.json": facts})
-        with pytest.raises(CheckpointError, match="first"):
-            checkpoint.read(place)
-    assert not canary.exists()
-    sources = [path.read_text() for path in [*(ROOT / "minipeso").glob("*.py"), ROOT / "train.py", ROOT / "eval.py"]]
-    for word in ("import pickle", "torch.load", "allow_pickle", "import shelve", "import marshal"):
-        assert not any(word in source for source in sources), word
-
-
-def test_other_files_in_a_checkpoint_are_nothing(halfway, whole_of_halfway):
-    """An extra file, and a folder or file beside the checkpoints."""
-    (halfway / "checkpoints" / "first" / "notes.txt").write_text("mine")
-    (halfway / "checkpoints" / "notes.txt").write_text("mine")
-    run(micro(halfway, batch=2, resume=True))
-    assert content(halfway) == whole_of_halfway
-
-
-def test_results_that_are_not_the_ranks_are_refused(tmp_path):
-    """Edited, or from another run: eval.py shows no number that the ranks beside it do not give."""
-    run(micro(tmp_path, compare=""))
-    kept = (tmp_path / "results.json").read_text()
-    better = json.loads(kept)
-    better["stages"]["2"]["hit@10"] += 0.01
+    assert names == {"semantic-ids", "base", "LoRA-stage-1", "peso-stage-3", "peso-stage-4"}
     ranks = json.loads((tmp_path / "ranks.json").read_text())
-    for name, text in (("results.json", json.dumps(better)), ("results.json", kept[:100]), ("results.json", "[1]"),
-                       ("ranks.json", json.dumps(ranks | {"2": [1] * len(ranks["2"])})), ("ranks.json", '{"2": "x"}')):
-        before = (tmp_path / name).read_text()
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=name) as error:
+    assert load_checkpoint(tmp_path / "checkpoints" / "peso-stage-4")[1]["ranks"] == ranks
+
+
+def test_saving_costs_2_percent_of_the_time(monkeypatch, tmp_path):
+    """1,000 epochs of a second, and a save takes one."""
+    monkeypatch.undo()
+    clock, saved = [0], []
+    monkeypatch.setattr(time, "monotonic", lambda: sum(clock))
+    monkeypatch.setattr(Checkpoints, "write", lambda *args: (clock.append(1), saved.append(sum(clock))))
+    made, progress = Checkpoints(tmp_path, "", None), Progress({}, torch.optim.AdamW([torch.zeros(1)]))
+    for _ in range(1000):
+        clock.append(1)
+        made.save("base", progress)
+    assert saved[0] == 2 and 19 <= len(saved) <= 21
+
+
+# -- damage, numbers, disk, environment ----------------------------------------------------------------
+
+@pytest.mark.parametrize("place", ["peso-stage-3.epoch-2", "peso-stage-2", "LoRA-stage-1"])
+@pytest.mark.parametrize("file", ["state.safetensors", "facts.json", "manifest.json"])
+@pytest.mark.parametrize("how", [-1, -1000, 20, 7, 0, "a flipped bit", "missing"])
+def test_a_damaged_checkpoint_is_told(place, file, how, halfway, capsys):
+    """Cut to so many bytes, flipped, missing: reported by name and removed; the intact ones stay."""
+    folder, path = halfway / "checkpoints", halfway / "checkpoints" / place / file
+    rest = {p.name for p in folder.iterdir()} - {place}
+    data = path.read_bytes()
+    path.unlink()
+    if how != "missing":
+        path.write_bytes(flip(data) if how == "a flipped bit" else data[:how])
+    Checkpoints(folder, "", lambda phase: None).check()
+    assert place in capsys.readouterr().err and {p.name for p in folder.iterdir()} == rest
+
+
+@pytest.mark.parametrize("places", ["peso-stage-3.epoch-2", "peso-stage-3.epoch-2 peso-stage-3.epoch-1",
+                                    "peso-stage-2", "LoRA-stage-1 single-stage-3", "base semantic-ids"])
+def test_after_damage_the_result_is_the_same(places, halfway, whole):
+    """A bit flipped in tensors, which safetensors would not notice: the checkpoint before it counts."""
+    for place in places.split():
+        path = halfway / "checkpoints" / place / "state.safetensors"
+        path.write_bytes(flip(path.read_bytes()))
+    goes_on(halfway, whole)
+
+
+def test_no_intact_checkpoint_is_code_3(halfway, capsys):
+    """Each is named with its reason, nothing is removed, and the way out is told."""
+    places = list((halfway / "checkpoints").iterdir())
+    for place in places:
+        (place / "state.safetensors").unlink()
+    refused(small(halfway, resume=True), capsys, 3, "start anew, without --resume", *(place.name for place in places))
+    assert all(place.is_dir() for place in places)
+
+
+def test_checkpoints_of_another_run_are_code_3(halfway, capsys):
+    """config.json is that of a run with another lambda: the checkpoints are not taken for its own."""
+    settings = json.loads((halfway / "config.json").read_text())
+    (halfway / "config.json").write_text(json.dumps(settings | {"lam": 3.0}))
+    refused(small(halfway, resume=True, lam=3.0), capsys, 3, "was made with other settings")
+
+
+def test_a_pickle_is_refused_and_not_run(halfway, tmp_path):
+    """In place of the tensors, with a manifest that fits it: what it would do is not done."""
+    class Canary:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+    commit(halfway / "checkpoints" / "base", {"state.safetensors": pickle.dumps(Canary()), "facts.json": b"{}"})
+    with pytest.raises(CheckpointError, match="base is not a checkpoint of minipeso"):
+        load_checkpoint(halfway / "checkpoints" / "base")
+    assert not (tmp_path / "canary").exists()
+    source = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "minipeso").rglob("*.py")])
+    for word in ("import pickle", "torch.load", "allow_pickle", "import shelve", "import marshal"):
+        assert word not in source
+
+
+def test_results_that_are_not_the_ranks_are_refused(whole, tmp_path):
+    """Edited, or from another run: eval.py shows no number that the ranks beside it do not give."""
+    texts = {name: (whole / name).read_text() for name in ("results.json", "ranks.json")}
+    better, ranks = map(json.loads, texts.values())
+    better["stages"]["2"]["hit@10"] += 0.01
+    for name, text in (("results.json", json.dumps(better)), ("results.json", texts["results.json"][:100]),
+                       ("results.json", "[1]"), ("ranks.json", json.dumps(ranks | {"2": [1] * len(ranks["2"])})),
+                       ("ranks.json", '{"2": "x"}')):
+        for file, kept in (texts | {name: text}).items():
+            (tmp_path / file).write_text(kept)
+        with pytest.raises(ValueError, match=rf"{name}.*\n.*\n.*$"):
             report.load(tmp_path)
-        assert len(str(error.value).splitlines()) == 3
-        (tmp_path / name).write_text(before)
-    report.load(tmp_path)
 
-
-# -- D, E. numbers, disk, environment ---------------------------------------------------------------
 
 def test_nan_stops_before_the_step_and_leaves_the_last_good_state(halfway, capsys, monkeypatch):
     """A NaN in the loss: exit 4; the newest checkpoint is the one before, and finite."""
-    step, loss = continual.train_step, continual.stage_loss
-
-    def poisoned(model, *args):
-        found = loss(model, *args)
-        return found._replace(total=found.total * float("nan"))
-    with monkeypatch.context() as patch:
-        patch.setattr(continual, "stage_loss", poisoned)
-        code, message = fails(lambda: run(micro(halfway, batch=2, resume=True)), capsys, monkeypatch)
-    assert code == 4 and len(message) == 3 and step is continual.train_step
-    newest = keeper.numbered(halfway / "checkpoints", "peso-stage-3.step-")[-1]
-    tensors, facts = checkpoint.read(newest)
-    assert facts["step"] == 2 and all(t.isfinite().all() for t in tensors.values())
+    loss = continual.stage_loss
+    monkeypatch.setattr(continual, "stage_loss", lambda *args: (x := loss(*args))._replace(total=x.total * torch.nan))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: pytest.fail("a step was made"))
+    refused(small(halfway, resume=True), capsys, 4, "the loss is no longer finite at stage 3")
+    tensors, facts = load_checkpoint(max((halfway / "checkpoints").glob("peso-stage-3*")))
+    assert facts["epoch"] == 2 and all(t.isfinite().all() for t in tensors.values())
 
 
-@contextlib.contextmanager
-def files_up_to(size: int):
-    """A disk on which no file can grow beyond `size` bytes: what is more does not reach it."""
-    real = os.fsync
-
+@pytest.mark.parametrize("size, place", [(3_000, "single/results.json"), (10_000, "checkpoints/peso-stage-3.epoch-3")])
+def test_a_full_disk_is_code_5_and_the_run_goes_on_later(size, place, halfway, whole, capsys, monkeypatch):
+    """No file can grow beyond `size`: what was there stays, and no part of what is new; with space the run goes on."""
     def full(handle: int) -> None:
-        if stat.S_ISREG(os.fstat(handle).st_mode) and os.fstat(handle).st_size > size:
+        if os.fstat(handle).st_size > size:
             os.truncate(handle, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(handle)
-    with pytest.MonkeyPatch.context() as patch:
+            raise OSError(28, "No space left on device")
+    before = files((halfway / place).parent)
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        yield
+        refused(small(halfway, resume=True), capsys, 5, f"{place}\n", "No space left on device\nfree some space")
+    assert files((halfway / place).parent) == before
+    goes_on(halfway, whole)
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """A file, a folder, an adapter: the old one stays intact, no part of the new one stays."""
-    disk.write_file(tmp_path / "file", b"old")
-    disk.commit(tmp_path / "folder", {"a": b"old"})
-    with files_up_to(1000):
-        for write in (lambda: disk.write_file(tmp_path / "file", b"new" * 1000),
-                      lambda: disk.commit(tmp_path / "folder", {"a": b"new" * 1000})):
-            with pytest.raises(OSError, match="free some space"):
-                write()
-    assert (tmp_path / "file").read_bytes() == b"old" and disk.read(tmp_path / "folder") == {"a": b"old"}
-    assert {p.name for p in tmp_path.iterdir()} == {"file", "folder"}
-
-
-def test_a_full_disk_is_code_5_and_the_run_goes_on_later(halfway, whole_of_halfway, capsys, monkeypatch):
-    """No space for the next checkpoint: three lines; with space again the result is the uninterrupted run's."""
-    with files_up_to(3_000):
-        code, message = fails(lambda: run(micro(halfway, batch=2, resume=True)), capsys, monkeypatch)
-    assert code == 5 and len(message) == 3, message
-    assert not list(halfway.rglob(".*.part-*"))
-    run(micro(halfway, batch=2, resume=True))
-    assert content(halfway) == whole_of_halfway
-
-
-def test_others_may_read_what_a_run_leaves(tmp_path):
-    """Under umask 022 every file is 0644 and every folder 0755: a colleague can go on."""
-    before = os.umask(0o022)
-    try:
-        run(micro(tmp_path / "run", compare=""))
-    finally:
-        os.umask(before)
-    modes = {p: p.stat().st_mode & 0o777 for p in (tmp_path / "run").rglob("*")}
-    assert {mode for p, mode in modes.items() if p.is_file()} == {0o644}
-    assert {mode for p, mode in modes.items() if p.is_dir()} == {0o755}
-
-
-def test_a_file_in_the_runs_place_is_code_5(tmp_path, capsys, monkeypatch):
-    """--out that is a file, or lies below one: told in three lines, and the file stays."""
+def test_a_file_in_the_runs_place_is_code_5(tmp_path, capsys):
+    """--out that is a file, or lies below one; the file stays."""
     (tmp_path / "file").write_text("mine")
     for out in ("file", "file/run"):
-        code, message = fails(lambda: train.main(micro(tmp_path / out)), capsys, monkeypatch)
-        assert code == 5 and len(message) == 3 and "file" in message[0], message
+        refused(small(tmp_path / out), capsys, 5, f"cannot write {tmp_path / out}")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_locale_and_time_zone_are_nothing(whole, tmp_path):
-    """LANG=C and another TZ: the same bytes."""
+def test_locale_time_zone_and_umask_are_nothing(whole, tmp_path):
+    """The same bytes; under umask 022 every file is 0644 and every folder 0755: a colleague can go on."""
     environment = ENVIRONMENT | {"LANG": "C", "LC_ALL": "C", "TZ": "Pacific/Chatham", "PYTHONHASHSEED": "7"}
-    done = subprocess.run([sys.executable, ROOT / "train.py", *flags(**MICRO | dict(out=tmp_path / "run"))],
-                          env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "train.py", *flags(**MICRO | dict(out=tmp_path / "run", epochs=3))],
+                          env=environment, umask=0o022, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / "run") == content(whole)
+    modes = {(p.is_dir(), p.stat().st_mode & 0o777) for p in (tmp_path / "run").rglob("*")}
+    assert modes == {(False, 0o644), (True, 0o755)}

@@ -1,7 +1,11 @@
-"""The shape of the code: who may import whom, and how large anything may be (all numbers may only be lowered)."""
-from __future__ import annotations
+"""The shape of the code: who may import whom, and how large anything may be.
 
+The budgets below are the sizes that were reached, rounded up to 50. They may only be lowered: a feature pays for its
+lines by what it lets one delete.
+"""
 import ast
+import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minipeso"
-WINGS = ("files", "runs", "rivals", "experiments")
+WINGS = {"files": {"", "files"}, "rivals": {"", "rivals"}, "runs": {"", "files", "runs"},  # who may import from where
+         "experiments": {"", "files", "runs", "rivals", "experiments"}}
+LINES = {"": 2500, "files": 850, "runs": 1450, "rivals": 850, "experiments": 550}
+READING_PATH = ("minipeso.lora", "minipeso.proximal", "minipeso.objective", "minipeso.continual", "train")
+MATHS = ("lora", "proximal", "objective", "theory", "llama", "rqvae", "tokens", "beam", "trie")
+SHAPE = re.compile(r"\((?:[\w.+*/ -]+, ?)+[\w.+*/ -]*\)|\(\)")
 FILES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path
          for path in sorted([*PACKAGE.rglob("*.py"), ROOT / "train.py", ROOT / "eval.py"])}
 EXTRAS = {"transformers", "peft", "pandas", "polars", "scipy", "matplotlib", "pytest", "hypothesis"}
@@ -78,14 +87,64 @@ def test_only_the_five_packages_are_needed(module):
     assert anywhere <= PACKAGES | EXTRAS | {"minipeso", "__future__"} | sys.stdlib_module_names, f"{name}: {anywhere}"
 
 
+def test_who_may_import_whom(module):
+    """The root imports from no wing, methods.py alone excepted; a wing imports from the root and from lower wings."""
+    name, _ = module
+    own, others = wing(name), {wing(other) for other in inner(name) & FILES.keys()}
+    if name != "minipeso.methods" and own != "scripts":
+        assert others <= WINGS.get(own, {""}), f"{name} imports from {others}"
+
+
 def test_functions_are_short(module):
-    """No function over 50 lines or 8 named arguments (self not counted)."""
+    """No function over 45 lines, nor 6 named arguments in the root and 8 elsewhere (self not counted)."""
     name, source = module
+    most = 8 if wing(name) else 6
     for node in functions(source):
-        lines = node.end_lineno - node.lineno + 1
         named = {arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)} - {"self", "cls"}
-        assert lines <= 50, f"{name}.{node.name} has {lines} lines"
-        assert len(named) <= 8, f"{name}.{node.name} has {len(named)} arguments"
+        lines = node.end_lineno - node.lineno + 1
+        assert lines <= 45, f"{name}.{node.name} has {lines} lines"
+        assert len(named) <= most, f"{name}.{node.name} has {len(named)} arguments"
+
+
+def test_most_functions_are_very_short():
+    """The median has 8 lines at most, nine of ten have 20."""
+    sizes = [node.end_lineno - node.lineno + 1 for path in FILES.values() for node in functions(path.read_text())]
+    assert statistics.median(sizes) <= 8 and (tenths := statistics.quantiles(sizes, n=10))[-1] <= 20, tenths
+
+
+def count(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_the_budgets_are_kept():
+    """Raw lines of the root, of every wing, of the package, of the reading path and its files, of tests and races."""
+    sizes = {name: count(path) for name, path in FILES.items()}
+    for place, most in LINES.items():
+        assert (total := sum(n for name, n in sizes.items() if wing(name) == place)) <= most, (place, total)
+    assert sum(n for name, n in sizes.items() if name.startswith("minipeso")) <= 6100
+    assert sum(sizes[name] for name in READING_PATH) <= 600 and max(sizes[name] for name in READING_PATH) <= 150
+    assert sum(map(count, (ROOT / "tests").glob("*.py"))) <= 8500
+    assert sum(map(count, (ROOT / "tests/bench").glob("*.py"))) <= 800
+    assert count(ROOT / "README.md") <= 100
+
+
+def test_a_reader_of_one_stage_meets_few_modules():
+    assert len(inner("minipeso.continual")) <= 8, sorted(inner("minipeso.continual"))
+
+
+@pytest.mark.parametrize("name", MATHS)
+def test_shapes_are_noted(name):
+    """At least four notes of shapes per 100 lines of a maths file."""
+    lines = FILES[f"minipeso.{name}"].read_text().splitlines()
+    noted = sum(bool(SHAPE.search(line.partition("#")[2]))
+                or '"""' not in line and bool(SHAPE.search(line)) and "=" not in line for line in lines)
+    assert noted >= 0.04 * len(lines), f"{name}: {noted} in {len(lines)}"
+
+
+def test_config_is_small():
+    """60 fields at most; a rival's stand beside its code."""
+    from minipeso.config import Config
+    assert len(Config.__dataclass_fields__) <= 60
 
 
 def test_every_file_says_what_it_is(module):
@@ -104,3 +163,19 @@ def test_every_module_imports_without_a_warning():
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]", f"imported besides: {done.stdout}"
+
+
+def test_the_readme_names_what_there_is():
+    """Every test, file and function that README and docs name in their tables exists; a * stands for an ending."""
+    sources = {path: path.read_text() for path in [*(ROOT / "tests").rglob("*.py"), *FILES.values()]}
+    tests = {name for source in sources.values() for name in re.findall(r"def (test_\w+)", source)}
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for word in re.findall(r"`([\w.*/]+)`", page.read_text()):
+            module, _, name = word.partition(".")
+            if word.startswith("test_") and not word.endswith(".py"):
+                assert any(re.fullmatch(word.replace("*", ".*"), test) for test in tests), (page.name, word)
+            elif word.endswith(".py") and "*" not in word:
+                assert any(path.match(f"*/{word}") for path in sources), (page.name, word)
+            elif f"minipeso.{module}" in FILES and name not in ("", "py", "json", "jsonl"):
+                source = sources[FILES[f"minipeso.{module}"]]
+                assert re.search(rf"^ *(def|class) {name}\b", source, re.M), (page.name, word)

@@ -1,19 +1,15 @@
 """Hit@k and NDCG@k by hand, and the bootstrap against a loop."""
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from minipeso.metrics import average, gains, hit_at, hits, ndcg_at, paired_interval, summary
 from tests.conftest import draws
 
 RANKS = torch.tensor([1, 0, 3, 5, 6, 10, 11, 0])
-quick = draws(100)
 some_ranks = st.lists(st.integers(0, 12), min_size=1, max_size=30).map(torch.tensor)
 
 
@@ -29,44 +25,25 @@ def test_a_hand_worked_table():
     assert hits(RANKS, 10).tolist() == [1, 0, 1, 1, 1, 1, 0, 0]
     assert gains(RANKS, 5).tolist() == pytest.approx(five, abs=1e-14)
     assert gains(RANKS, 10).tolist() == pytest.approx(ten, abs=1e-14)
-    assert hit_at(RANKS, 5).item() == 3 / 8 and hit_at(RANKS, 10).item() == 5 / 8
-    assert ndcg_at(RANKS, 5).item() == pytest.approx(sum(five) / 8, abs=1e-14)
-    assert ndcg_at(RANKS, 10).item() == pytest.approx(sum(ten) / 8, abs=1e-14)
+    assert [hit_at(RANKS, k).item() for k in (5, 10)] == [3 / 8, 5 / 8]
+    assert [ndcg_at(RANKS, k).item() for k in (5, 10)] == pytest.approx([sum(five) / 8, sum(ten) / 8], abs=1e-14)
+    assert all(metric(torch.ones(7), 1) == 1 and metric(torch.zeros(7), 10) == 0 for metric in (hit_at, ndcg_at))
 
 
-def test_all_first_is_one_and_none_found_is_zero():
-    """The ends of both scales, exactly."""
-    for k in (1, 5, 10):
-        for ranks, want in ((torch.ones(7).long(), 1.0), (torch.zeros(7).long(), 0.0)):
-            assert hit_at(ranks, k).item() == want and ndcg_at(ranks, k).item() == want
-
-
-@quick
-@given(ranks=some_ranks, k=st.integers(1, 12))
-def test_bounds_and_order(ranks, k):
-    """0 <= NDCG@k <= Hit@k <= Hit@(k+1) <= 1, NDCG@k grows with k, and the users' order is nothing."""
-    hit, gain = hit_at(ranks, k), ndcg_at(ranks, k)
-    assert 0 <= gain <= hit + 1e-15 and hit <= hit_at(ranks, k + 1) <= 1 and gain <= ndcg_at(ranks, k + 1)
-    assert hit_at(ranks, 1) == ndcg_at(ranks, 1)
-    assert ndcg_at(ranks.flip(0), k).item() == pytest.approx(gain.item(), abs=1e-14)
-
-
-@quick
+@draws(100)
 @given(ranks=some_ranks)
 def test_summary_is_the_means_and_the_standard_error(ranks):
     """Every metric is the mean of its users' values; se is numpy's sd (n - 1) / sqrt(n); inputs are unchanged."""
     before = ranks.clone()
     row = summary(ranks)
     assert torch.equal(ranks, before)
-    found = [[1.0 if 1 <= r <= k else 0.0 for r in ranks.tolist()] for k in (5, 10)]
+    hit = [[1.0 if 1 <= r <= k else 0.0 for r in ranks.tolist()] for k in (5, 10)]
     gain = [[1 / math.log2(r + 1) if 1 <= r <= k else 0.0 for r in ranks.tolist()] for k in (5, 10)]
-    want = {"users": len(ranks), "hit@5": np.mean(found[0]), "hit@10": np.mean(found[1]),
+    want = {"users": len(ranks), "hit@5": np.mean(hit[0]), "hit@10": np.mean(hit[1]),
             "ndcg@5": np.mean(gain[0]), "ndcg@10": np.mean(gain[1])}
-    assert {k: v for k, v in row.items() if k != "se_hit@10"} == pytest.approx(want, abs=1e-14)
-    if len(ranks) > 1:
-        assert row["se_hit@10"] == pytest.approx(np.std(found[1], ddof=1) / len(ranks)**0.5, abs=1e-14)
-    else:
-        assert row["se_hit@10"] is None  # one user says nothing about the others
+    if len(ranks) > 1:  # one user says nothing about the others
+        want["se_hit@10"] = np.std(hit[1], ddof=1) / len(ranks)**0.5
+    assert {k: v for k, v in row.items() if v is not None} == pytest.approx(want, abs=1e-14)
 
 
 def test_a_stage_without_users_has_no_numbers():
@@ -88,9 +65,6 @@ def test_average_weighs_stages_alike_and_leaves_out_empty_ones():
     assert mean["se_hit@10"] == pytest.approx(math.hypot(many["se_hit@10"], few["se_hit@10"]) / 2, abs=1e-14)
     one_user = summary(RANKS[:1])  # no standard error of its own
     assert average([one_user, few])["se_hit@10"] == pytest.approx(few["se_hit@10"] / 2)
-
-
-# ---- the paired bootstrap
 
 
 @pytest.mark.parametrize("kind", ["hits", "gains", "real"])
@@ -118,43 +92,22 @@ def test_interval_covers_the_truth_in_95_of_100():
     assert 0.915 <= inside / 400 <= 0.98, f"{inside} of 400"
 
 
-def test_identical_methods_do_not_differ():
-    """A method against itself is exactly (0, 0), against a relabelled one an interval around 0."""
-    a = coins(500, 0.3, 0)
-    assert paired_interval(a, a) == (0.0, 0.0)
-    low, high = paired_interval(a, a.roll(7))
-    assert low < 0 < high
-
-
 def test_interval_is_antisymmetric_and_paired():
     """Swapping the methods mirrors it; pairing makes it narrower than the users' own spread would."""
     a = coins(400, 0.5, 1)
-    b = a.clone()
-    b[:8] = 1 - b[:8]
-    low, high = paired_interval(a, b)
-    back = paired_interval(b, a)
+    b = torch.cat([1 - a[:8], a[8:]])
+    (low, high), back = paired_interval(a, b), paired_interval(b, a)
     assert (-back[1], -back[0]) == pytest.approx((low, high), abs=0.003)
-    assert high - low < 0.05, f"{high - low}: an unpaired one is {3.92 * (2 * 0.25 / 400)**0.5:.3f} wide"
+    assert paired_interval(a, a) == (0.0, 0.0) and low < (a - b).mean() < high
+    assert high - low < 0.05 < 3.92 * (2 * 0.25 / 400)**0.5 / 2, "half of an unpaired one"
 
 
 def test_interval_depends_on_its_seed_alone():
     """Equal calls are equal, torch's and numpy's global states neither matter nor move."""
     a, b = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(1)
-    np.random.seed(1)
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     first = paired_interval(a, b, seed=3)
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
-    torch.manual_seed(2)
-    np.random.seed(2)
-    assert paired_interval(a, b, seed=3) == first
-    spread = {paired_interval(a, b, draws=50, seed=s) for s in range(5)}
-    assert len(spread) > 1, "the seed has no effect"
+    assert paired_interval(a, b, seed=3) == first != paired_interval(a, b, seed=4)
 
 
-def test_interval_of_many_users_is_quick():
-    """12,447 users, 10,000 draws: counts of distinct values are drawn, not users (that took 1.8 GB)."""
-    a, b = coins(12_447, 0.05, 1), coins(12_447, 0.05, 2)
-    low, high = paired_interval(a, b)
-    width = 3.92 * (a - b).std().item() / 12_447**0.5
-    assert high - low == pytest.approx(width, rel=0.05)

@@ -1,35 +1,28 @@
-"""The regularisers of Figure 2 and Eq. 6's quadratic on a whole model: what the shipped objective adds to cross-entropy."""
-from __future__ import annotations
-
+"""The objective on a whole model: cross-entropy, and every penalty of Figure 2 and Eq. 6 beside it."""
 import copy
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from minipeso import continual
-from minipeso.continual import METHODS
-from minipeso.lora import adapter_parameters, adapters, watching
+from minipeso.lora import adapter_parameters, adapters, advance, watching
 from minipeso.objective import anchored, answer_loss, stage_loss
-from minipeso.proximal import PROXIMALS
+from minipeso.proximal import PENALTIES, proximal_term, quadratic, softmax_kl
 from minipeso.runs.run import Run
 from minipeso.stages import examples
 from minipeso.theory import block_metric, proximal_minimiser
-from minipeso.tokens import collate, sequences
-from tests.micro import micro, set_up
-from tests.reference import textbook_softmax_kl
-
-SILENT = lambda record: None  # noqa: E731
+from minipeso.tokens import IGNORE, Batch, collate, sequences
+from tests.micro import learn_first, micro, set_up
+from tests.reference import answer_log_p, textbook_softmax_kl, toy_llama
 
 
 @pytest.fixture
 def anchored_run(tmp_path) -> Run:
     """As stage 2 begins, in float64, without dropout."""
     now = set_up(micro(tmp_path, dropout=0.0))
-    continual.learn_first(now.model, now.data.stages[:1], now.template, now.cfg, SILENT)
-    now.model.double()
-    for _, layer in adapters(now.model):
-        layer.advance()
+    learn_first(now)
+    advance(now.model.double())
     return now
 
 
@@ -42,69 +35,119 @@ def shaken(now: Run, size: float = 0.1) -> Run:
 
 
 def pairs_of(now: Run, n: int = 9):
-    return examples(now.data.stages[1], "train", now.cfg.window)[:n]
+    return examples(now.stages[1], "train", now.cfg.window)[:n]
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_output_kl_is_the_textbook_kl_token_by_token(anchored_run, reduction):
-    """For every layer and every real token: KL(softmax(s B A x) || softmax(s B_prev A_prev x)) from lists of numbers, with
-    the x of this very model, one row at a time; a mean over tokens, then the sum or mean over layers. The cross-entropy
-    is untouched."""
+def batch_of(now: Run) -> Batch:
+    return collate(sequences(pairs_of(now), now.template))
+
+
+def inputs(now: Run) -> dict[str, Tensor]:
+    """name -> x (tokens, d_in), what each adapted layer is given for the batch, one sequence at a time, unpadded."""
+    seen: dict[str, list[Tensor]] = {}
+    with watching(now.model, lambda name, layer, x: seen.setdefault(name, []).append(x[0])), torch.no_grad():
+        for sequence in sequences(pairs_of(now), now.template):
+            now.model.model(torch.tensor(sequence.ids)[None])
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def textbook_output_kl(now: Run, name: str, x: Tensor) -> float:
+    """The mean over tokens of KL(softmax(s B A x) || softmax(s B_prev A_prev x)), from lists of numbers."""
+    layer = dict(adapters(now.model))[name]
+    y, y_prev = (layer.scale * x @ A.T @ B.T for A, B in ((layer.A, layer.B), (layer.A_prev, layer.B_prev)))
+    return sum(textbook_softmax_kl(a, b)[0] for a, b in zip(y.tolist(), y_prev.tolist())) / len(x)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_answer_loss_is_the_mean_over_labelled_positions(temperature):
+    """Position by position, with token 0 among the labels and positions without one."""
+    model, ids = toy_llama(), torch.randint(96, (2, 6), generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[IGNORE, 0, 5, IGNORE, 95, IGNORE], [7, IGNORE, IGNORE, 0, IGNORE, IGNORE]])
+    log_p = [(model(ids[i:i + 1])[0, j] / temperature).log_softmax(-1)[labels[i, j]].item()
+             for i, j in (labels != IGNORE).nonzero().tolist()]
+    loss = answer_loss(model, Batch(ids, labels, None, None, torch.ones_like(ids, dtype=torch.bool), 2), temperature)
+    assert len(log_p) == 5 and loss.item() == pytest.approx(-sum(log_p) / 5, rel=1e-12)
+
+
+@pytest.mark.parametrize("grouping", [("module", "sum", "none"), ("module", "sum", "size"), ("matrix", "mean", "none")])
+def test_stage_loss_is_eq_12(anchored_run, grouping):
+    """CE from the answers' log-probabilities pair by pair, the KL group by group from lists of numbers, n times with
+    scale "size"; the total is CE + lam * KL. Without a penalty it is CE."""
+    now, (groups, reduction, scale) = shaken(anchored_run, 0.3), grouping
+    loss, bare = stage_loss(now.model, batch_of(now), "kl", 30.0, 1.0, grouping), stage_loss(now.model, batch_of(now))
+    answers = [(now.template.prompt(e.history).tolist(), now.template.answer(e.target)) for e in pairs_of(now)]
+    ce = -sum(answer_log_p(now.model, *pair) / len(pair[1]) for pair in answers) / len(answers)
+    flat = [[M.flatten().tolist() for M in layer] for layer in anchored(now.model)]
+    parts = [(A + B, P + Q) for A, B, P, Q in flat] if groups == "module" else [
+        part for A, B, P, Q in flat for part in ((A, P), (B, Q))]
+    kl = sum((len(v) if scale == "size" else 1) * textbook_softmax_kl(v, v_prev)[0] for v, v_prev in parts)
+    kl /= len(flat) if reduction == "mean" else 1
+    assert loss.ce.item() == pytest.approx(ce, rel=1e-9) and loss.prox.item() == pytest.approx(kl, rel=1e-6)
+    assert loss.total.item() == pytest.approx(ce + 30 * kl, rel=1e-6)
+    assert bare.total == bare.ce == loss.ce and bare.prox == 0 and not bare.prox.requires_grad
+
+
+@pytest.mark.parametrize("reduction, scale", [("sum", "none"), ("mean", "none"), ("sum", "size")])
+def test_output_kl_is_the_textbook_kl_token_by_token(anchored_run, reduction, scale):
+    """For every layer and every real token of a padded batch, with the x of this very model; CE is untouched."""
     now = shaken(anchored_run, 0.3)
-    now.model.eval()
-    data = sequences(pairs_of(now), now.template)
-    assert len({len(row.ids) for row in data}) > 1, "some row must be padded"
-    loss = stage_loss(now.model, collate(data), "output-kl", 3.0, 1.0, "module", reduction)
-    inputs: dict[str, list[Tensor]] = {}
-    with watching(now.model, lambda name, layer, x: inputs.setdefault(name, []).append(x[0])), torch.no_grad():
-        for row in data:
-            now.model.model(torch.tensor(row.ids)[None])
-    layers = dict(adapters(now.model))
-    total = 0.0
-    for name, seen in inputs.items():
-        layer, x = layers[name], torch.cat(seen).detach()
-        y, y_prev = (layer.scale * x @ A.detach().T @ B.detach().T for A, B in
-                     ((layer.A, layer.B), (layer.A_prev, layer.B_prev)))
-        total += sum(textbook_softmax_kl(a, b)[0] for a, b in zip(y.tolist(), y_prev.tolist())) / len(x)
-    total /= len(layers) if reduction == "mean" else 1
-    assert loss.prox.item() == pytest.approx(total, rel=1e-4) and total > 1e-4
-    assert loss.ce.item() == pytest.approx(answer_loss(now.model, collate(data)).item(), rel=1e-12)
-    assert loss.total.item() == pytest.approx(loss.ce.item() + 3 * loss.prox.item(), rel=1e-12)
+    assert not batch_of(now).real.all(), "some row must be padded"
+    loss = stage_loss(now.model, batch_of(now), "output-kl", 3.0, 1.0, ("module", reduction, scale))
+    terms = [textbook_output_kl(now, name, x) * (len(dict(adapters(now.model))[name].B) if scale == "size" else 1)
+             for name, x in inputs(now).items()]
+    total = sum(terms) / (len(terms) if reduction == "mean" else 1)
+    assert loss.prox.item() == pytest.approx(total, rel=1e-6) and total > 1e-4
+    assert loss.ce.item() == pytest.approx(stage_loss(now.model, batch_of(now)).ce.item(), rel=1e-12)
+    assert loss.total.item() == pytest.approx(loss.ce.item() + 3 * total, rel=1e-6)
 
 
-@pytest.mark.parametrize("penalty", ["output-kl", "quadratic", "kl", "l2", "rank-kl"])
-def test_at_the_anchor_nothing_pulls(anchored_run, penalty):
-    """Value and gradient of every proximal penalty are 0 where the stage starts; a step away they are not."""
-    now = anchored_run
-    for step in (False, True):
-        if step:
-            shaken(now)
-        prox = stage_loss(now.model, collate(sequences(pairs_of(now), now.template)), penalty, 1.0).prox
-        pull = torch.autograd.grad(prox, adapter_parameters(now.model))
-        assert (prox.item() > 1e-9) == step and any(g.abs().max() > 1e-12 for g in pull) == step, prox
+def test_output_kls_gradient_is_that_of_each_layer_at_fixed_inputs(anchored_run):
+    """Central differences along random directions, matrix by matrix, with the recorded inputs held fixed (for the other
+    penalties: test_proximal.py)."""
+    now, draw, h = shaken(anchored_run, 0.3), torch.Generator().manual_seed(1), 1e-5
+    v, names = adapter_parameters(now.model), [name for name, _ in adapters(now.model) for _ in "AB"]
+    pull, fixed = torch.autograd.grad(stage_loss(now.model, batch_of(now), "output-kl", 1.0).prox, v), inputs(now)
+    for name, p, gradient in zip(names, v, pull):
+        way, values = torch.randn(p.shape, generator=draw, dtype=p.dtype), []
+        for step in (h * way, -h * way):
+            p.data += step
+            values.append(textbook_output_kl(now, name, fixed[name]))
+            p.data -= step
+        slope, want = (gradient * way).sum().item(), (values[0] - values[1]) / (2 * h)
+        assert slope == pytest.approx(want, rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.parametrize("penalty", [*PENALTIES, "output-kl"])
+def test_where_the_stage_starts_nothing_pulls(anchored_run, penalty):
+    """v_t <- v_{t-1}: value and every entry of the gradient are exactly 0.0, but for orthogonality; a step away not."""
+    away = copy.copy(anchored_run)
+    away.model = copy.deepcopy(anchored_run.model)
+    for now in (anchored_run, shaken(away)):
+        prox = stage_loss(now.model, batch_of(now), penalty, 1.0).prox
+        pull = sum(g.abs().sum().item() for g in torch.autograd.grad(prox, adapter_parameters(now.model)))
+        moved = now is not anchored_run or penalty == "orthogonal"
+        assert (prox.item() > 1e-9 and pull > 1e-9) if moved else prox.item() == pull == 0, f"{prox}, {pull}"
 
 
 def test_watching_sees_every_input_and_leaves_nothing_behind(anchored_run):
-    """One call a layer and forward, with the layer's own input; after the block, no hook is left, even if it failed."""
+    """One call per layer and forward, with the layer's own input; no hook is left behind, even after an error."""
     now, seen = anchored_run, []
-    ids = torch.arange(5)[None]
     with pytest.raises(RuntimeError, match="on purpose"):
         with watching(now.model, lambda name, layer, x: seen.append((name, x.shape[-1] == layer.A.shape[1]))):
-            now.model.model(ids)
+            now.model.model(torch.arange(5)[None])
             raise RuntimeError("on purpose")
+    now.model.model(torch.arange(5)[None])
     assert seen == [(name, True) for name, _ in adapters(now.model)]
-    now.model.model(ids)
-    assert len(seen) == len(list(adapters(now.model)))
 
 
 def tangent_features(now: Run, n: int) -> Tensor:
-    """Phi(x) (n, m) of Eq. 7: the gradient of the true next token's logit in the adapter, a pair a row."""
+    """Phi(x) (n, m) of Eq. 7: the gradient of the true next token's logit in the adapter, one pair per row."""
     features = []
     for example in pairs_of(now, n):
         prompt, first = now.template.prompt(example.history), now.template.answer(example.target)[0]
-        logit = now.model(prompt[None])[0, -1, first].double()
+        logit = now.model(prompt[None])[0, -1, first]
         features.append(torch.cat([g.flatten() for g in torch.autograd.grad(logit, adapter_parameters(now.model))]))
-    return torch.stack(features).double()
+    return torch.stack(features)
 
 
 @pytest.mark.parametrize("lam", [0.5, 30.0])
@@ -113,33 +156,32 @@ def test_proposition_1_on_a_real_model(anchored_run, lam):
     gradient of the *shipped* quadratic penalty, taken on the model's own matrices, cancels the data term's; and the
     objective there is below its value at the anchor and at the new optimum."""
     now = anchored_run
-    now.model.eval()
     v = adapter_parameters(now.model)
     Phi = tangent_features(now, 40)
-    Sigma, v_prev = Phi.T @ Phi / len(Phi), torch.cat([p.detach().flatten() for p in v]).double()
+    Sigma, v_prev = Phi.T @ Phi / len(Phi), torch.cat([p.detach().flatten() for p in v])
     v_star = v_prev + 0.1 * torch.randn(len(v_prev), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     groups = [torch.cat([layer.A_prev.flatten(), layer.B_prev.flatten()]) for _, layer in adapters(now.model)]
     best = proximal_minimiser(Sigma, block_metric(groups), v_star, v_prev, lam)
 
-    def objective(at: Tensor) -> tuple[Tensor, Tensor]:
+    def objective(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            for p, part in zip(v, at.split([p.numel() for p in v])):
+            for p, part in zip(v, point.split([p.numel() for p in v])):
                 p.copy_(part.view_as(p))
-        prox = PROXIMALS["quadratic"](anchored(now.model))
-        pull = torch.cat([g.flatten() for g in torch.autograd.grad(prox, v)]).double()
-        push = Sigma @ (at - v_star)
-        return (at - v_star) @ push / 2 + lam * prox.detach(), (push + lam * pull, push)
-    value, (gradient, push) = objective(best)
+        prox = proximal_term(anchored(now.model), quadratic)
+        pull = torch.cat([g.flatten() for g in torch.autograd.grad(prox, v)])
+        push = Sigma @ (point - v_star)
+        return (point - v_star) @ push / 2 + lam * prox.detach(), push + lam * pull, push
+    value, gradient, push = objective(best)
     assert gradient.norm() < 1e-8 * max(push.norm(), 1e-3), f"{gradient.norm()} of {push.norm()}"
     assert value < objective(v_prev)[0] and value < objective(v_star)[0]
 
 
 def test_the_quadratic_row_is_kl_to_second_order(anchored_run):
     """peso-quadratic's penalty and peso's differ by a third-order remainder: halving the step cuts it by about 8."""
-    assert METHODS["peso-quadratic"].proximal == "quadratic"
     apart = []
     for size in (0.04, 0.02, 0.01):
-        now = shaken(anchored_run._replace(model=copy.deepcopy(anchored_run.model)), size)
-        kl, quadratic = (PROXIMALS[name](anchored(now.model)).item() for name in ("kl", "quadratic"))
-        apart.append(abs(kl - quadratic))
-    assert apart[0] / apart[1] > 5 and apart[1] / apart[2] > 5, apart
+        now = copy.copy(anchored_run)
+        now.model = copy.deepcopy(anchored_run.model)
+        layers = anchored(shaken(now, size).model)
+        apart.append(abs(proximal_term(layers, softmax_kl) - proximal_term(layers, quadratic)).item())
+    assert all(math.log2(a / b) > 2.3 for a, b in zip(apart, apart[1:])), apart

@@ -1,6 +1,4 @@
 """The numbers of the tables, worked by hand; files whole or not at all."""
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -8,9 +6,10 @@ import re
 import pytest
 import torch
 
-from minipeso.runs import report
+from minipeso.runs import identity, report
 from minipeso.config import resolve
 from minipeso.metrics import hits
+from minipeso.stages import Stage
 
 RANKS = {t: torch.tensor(r) for t, r in {
     "1": [1, 1, 0, 0], "2": [1, 0, 3, 0], "3": [6, 0], "4": [0, 0, 0, 2, 11], "5": [10]}.items()}
@@ -18,7 +17,7 @@ REFERENCES = {t: {"random": 0.125, "popularity": 0.25, "cold": 0.5} for t in RAN
 
 
 def run(ranks=RANKS, **config) -> dict:
-    return report.results({"method": "peso", **config}, ranks, REFERENCES, {"data": 1.5})
+    return {"config": {"method": "peso", **config}, **report.results(ranks), "references": REFERENCES}
 
 
 def cells(table: str) -> list[list[str]]:
@@ -123,32 +122,38 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_a_new_run_voids_what_the_old_one_left(tmp_path):
-    """begin removes the results of the folder and of the methods inside it, also of ones not compared now, but
-    not those of another run that happens to lie below; config.json is the new one, metrics.jsonl is empty."""
+    """void removes the results of the folder and of the methods inside it, also of ones not compared now, but not those of
+    another run that happens to lie below; begin writes the new config.json."""
     for place in (".", "retrain", "other"):
         (tmp_path / place).mkdir(exist_ok=True)
         (tmp_path / place / "results.json").write_text("{}")
     (tmp_path / "other" / "config.json").write_text("{}")
-    (tmp_path / "metrics.jsonl").write_text("old\n")
-    cfg = resolve({"out": str(tmp_path), "seed": 9})
-    report.begin(tmp_path, cfg, {"data": "", "items": ""})
-    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("results.json"))
-    assert left == ["other/results.json"] and (tmp_path / "metrics.jsonl").read_text() == ""
+    (tmp_path / "peso" / "adapters" / "stage-2").mkdir(parents=True)
+    cfg = resolve({"out": str(tmp_path), "seed": 9, "method": "single", "compare": "peso"})
+    identity.void(tmp_path, cfg)
+    identity.begin(tmp_path, cfg, {"data": "", "items": ""})
+    assert not (tmp_path / "peso" / "adapters").exists()
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("results.json")] == ["other/results.json"]
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["seed"] == 9
     assert set(written["versions"]) >= {"torch", "numpy", "safetensors", "tokenizers", "minipeso"}
 
 
-def test_load_reads_what_finish_wrote_and_names_what_is_missing(tmp_path, capsys):
-    """finish -> load is the identity on results and ranks; each missing file is named."""
-    cfg = resolve({"out": str(tmp_path), "method": "single"})
-    report.finish(tmp_path, cfg, {"peso": RANKS, "single": RANKS}, REFERENCES, {"data": 1.5})
-    for folder, method in ((tmp_path, "single"), (tmp_path / "peso", "peso")):
-        found, ranks = report.load(folder)
-        assert found["config"]["method"] == method and found["stages"] == run()["stages"]
-        assert found["seconds"] == {"data": 1.5} and found["peak_memory_bytes"] > 2**20
-        assert all(ranks[t].equal(RANKS[t]) for t in RANKS)
-    assert "**" in capsys.readouterr().out
+def test_load_reads_what_write_wrote_and_names_what_is_missing(tmp_path):
+    """write -> load is the identity on results and ranks, those of inactive users apart; each missing file is named."""
+    stages = [Stage(int(t), {}, {u: [1, 2, 3] for u in range(len(r))}) for t, r in RANKS.items()]
+    ranks = {t: r if t == "1" else torch.cat([r, torch.tensor([7, 0])]) for t, r in RANKS.items()}
+    log = [{"stage": 2, "ce": 1.0, "prox_ce_ratio": r} for r in (0.1, 0.5, 0.2)]
+    log += [{"stage": 2, "valid_ce": 3.0}, {"stage": 2, "valid_ce": 2.0}, {"stage": 2, "moved": 0.25, "anchor": 4.0}]
+    cfg = resolve({"out": str(tmp_path), "method": "single", "inactive": True})
+    report.write(tmp_path, cfg, stages, [[1, 2, 3]] * 5, ranks, "\n".join(map(json.dumps, log)), {"data": 1.5})
+    found, read = report.load(tmp_path)
+    assert found["config"]["method"] == "single" and found["stages"] == run()["stages"]
+    assert found["seconds"] == {"data": 1.5} and found["peak_memory_bytes"] > 2**20
+    assert found["training"] == {
+        "2": {"valid_ce": 2.0, "prox_ce_ratio": 0.2, "moved": 0.25, "anchor": 4.0, "touched": None}}
+    assert all(read[t].equal(RANKS[t]) for t in RANKS)
+    assert json.loads((tmp_path / "absent.json").read_text()) == {t: [7, 0] for t in "2345"}
     (tmp_path / "ranks.json").unlink()
     with pytest.raises(FileNotFoundError, match="ranks.json"):
         report.load(tmp_path)

@@ -1,25 +1,23 @@
 """The paper's propositions, each as two independent computations that must agree (float64)."""
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 from minipeso.proximal import l2, softmax_kl
 from minipeso.theory import (block_metric, generalised_eigen, interpolation, proximal_minimiser,
                              quadratic_prox, softmax_kl_remainder, softmax_metric, variance_form)
+from tests.conftest import draws
+from tests.reference import textbook_softmax_kl
 
 SEEDS = st.integers(0, 2**31 - 1)
 LAMS = st.floats(1e-2, 1e2)
-METRICS = st.sampled_from(["positive", "low rank", "softmax", "blocks"])
-from tests.conftest import draws
-
+KINDS = ["positive", "low rank", "softmax", "blocks"]
+METRICS = st.sampled_from(KINDS)
 quick = draws(40)
 
 
@@ -47,9 +45,8 @@ def metric(kind: str, m: int, seed: int) -> tuple[Tensor, int]:
 def lbfgs(Sigma: Tensor, H: Tensor, v_star: Tensor, v_prev: Tensor, lam: float) -> Tensor:
     """Eq. 9 as written, minimised numerically from the anchor."""
     v = v_prev.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([v], lr=1, max_iter=2000, max_eval=4000, history_size=50,
-                                  tolerance_grad=1e-13, tolerance_change=0,
-                                  line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS([v], lr=1, max_iter=2000, max_eval=4000, history_size=50, tolerance_grad=1e-13,
+                                  tolerance_change=0, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
@@ -57,7 +54,6 @@ def lbfgs(Sigma: Tensor, H: Tensor, v_star: Tensor, v_prev: Tensor, lam: float) 
         loss = 0.5 * data @ Sigma @ data + lam / 2 * moved @ H @ moved
         loss.backward()
         return loss
-
     optimiser.step(closure)
     return v.detach()
 
@@ -69,18 +65,13 @@ def problem(kind: str, m: int, seed: int) -> tuple[Tensor, Tensor, int, Tensor, 
     return Sigma, H, rank, v_star, v_prev
 
 
-# ---- Proposition 1
-
-
 @quick
 @given(m=st.integers(4, 8), seed=SEEDS, kind=METRICS, lam=LAMS)
 def test_proposition_1_closed_form_equals_lbfgs(m, seed, kind, lam):
     """Eq. 28 is where an optimiser that knows only Eq. 9 ends up."""
     Sigma, H, _, v_star, v_prev = problem(kind, m, seed)
-    v = proximal_minimiser(Sigma, H, v_star, v_prev, lam)
-    found = lbfgs(Sigma, H, v_star, v_prev, lam)
-    condition = torch.linalg.cond(Sigma + lam * H)
-    error = (v - found).norm() / (1 + v.norm())
+    v, condition = proximal_minimiser(Sigma, H, v_star, v_prev, lam), torch.linalg.cond(Sigma + lam * H)
+    error = (v - lbfgs(Sigma, H, v_star, v_prev, lam)).norm() / (1 + v.norm())
     assert error < 1e-8 * condition, f"off by {error:.2g} at condition number {condition:.2g}"
 
 
@@ -102,22 +93,16 @@ def test_proposition_1_interpolates_in_every_generalised_eigendirection(m, seed,
 @quick
 @given(m=st.integers(4, 12), seed=SEEDS, kind=METRICS)
 def test_generalised_eigenpairs_satisfy_their_definition(m, seed, kind):
-    """Sigma q = rho H q in all of R^m, Q^T H Q = I, rho >= 0 and ascending, also for singular H."""
+    """Sigma q = rho H q in all of R^m, Q^T H Q = I, rho >= 0 and ascending, also for singular H; for H > 0 the
+    eigenvalues that LAPACK's own solver of the pencil (Sigma, H) has."""
     Sigma, H, rank, _, _ = problem(kind, m, seed)
     rho, Q = generalised_eigen(Sigma, H)
     residual = (Sigma @ Q - H @ Q * rho).norm() / (Sigma @ Q).norm()
     assert residual < 1e-8, f"Sigma q - rho H q is {residual:.2g} of Sigma q"
     assert torch.allclose(Q.T @ H @ Q, torch.eye(rank).double(), atol=1e-8)
     assert rho.min() >= 0 and (rho.diff() >= 0).all(), f"{rho}"
-
-
-@quick
-@given(m=st.integers(2, 10), seed=SEEDS)
-def test_generalised_eigenvalues_are_scipys_for_a_positive_metric(m, seed):
-    """For H > 0 the pencil (Sigma, H) has the eigenvalues that LAPACK's own solver finds."""
-    Sigma, H = second_moment(m, 3 * m, seed), second_moment(m, 3 * m, seed + 1)
-    want = scipy.linalg.eigh(Sigma.numpy(), H.numpy(), eigvals_only=True)
-    assert np.allclose(generalised_eigen(Sigma, H)[0].numpy(), want, rtol=1e-8)
+    if kind == "positive":
+        assert np.allclose(rho.numpy(), scipy.linalg.eigh(Sigma.numpy(), H.numpy(), eigvals_only=True), rtol=1e-8)
 
 
 def test_restriction_to_range_of_h_would_violate_equation_10():
@@ -137,42 +122,35 @@ def test_restriction_to_range_of_h_would_violate_equation_10():
     assert shipped < 1e-10 and naive > 1e-2, f"shipped {shipped:.2g}, naive {naive:.2g}"
 
 
-@pytest.mark.parametrize("kind", ["positive", "low rank", "softmax", "blocks"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_proposition_1_limits(kind):
-    """lam -> 0 gives v_star everywhere; lam -> inf gives the anchor as far as H sees it."""
+    """lam -> 0 gives v_star everywhere; lam -> inf the anchor as far as H sees it; no data the anchor for any lam."""
     Sigma, H, _, v_star, v_prev = problem(kind, 6, seed=3)
     free = proximal_minimiser(Sigma, H, v_star, v_prev, 1e-11)
-    assert (free - v_star).norm() < 1e-7, f"{free} against {v_star}"
+    assert (free - v_star).norm() < 1e-7
     held = proximal_minimiser(Sigma, H, v_star, v_prev, 1e9)
     off = (H @ (held - v_prev)).norm() / (H @ (v_star - v_prev)).norm()
     assert off < 1e-5, f"on range(H) still {off:.2g} of the way to v_star"
     if kind == "softmax":  # a uniform shift is free, so the data alone decides it
-        shift = torch.ones(6).double() @ Sigma @ (held - v_star)
-        assert abs(shift) < 1e-6 and (held - v_prev).norm() > 1e-2, f"{shift}"
-
-
-def test_a_direction_without_data_keeps_the_anchor():
-    """Where rho = 0 the component of the stage before is kept, for any lam (after Cor. 2)."""
+        assert abs(torch.ones(6).double() @ Sigma @ (held - v_star)) < 1e-6 and (held - v_prev).norm() > 1e-2
+    # where rho = 0 the component of the stage before is kept, for any lam (after Corollary 2)
     q = torch.tensor([0.6, 0.8, 0.0], dtype=torch.float64)
     Phi = normal(50, 3, seed=0)
     Phi = Phi - torch.outer(Phi @ q, q)  # no example touches q
-    v_star, v_prev = normal(3, seed=1), normal(3, seed=2)
+    v_star, v_prev = normal(2, 3, seed=1)
     v = proximal_minimiser(Phi.T @ Phi / 50, torch.eye(3), v_star, v_prev, lam=0.01)
     assert math.isclose(q @ v, q @ v_prev, abs_tol=1e-12) and abs(q @ (v_star - v_prev)) > 0.1
-    weights = interpolation(torch.tensor([0.0, 0.01, 1e9]), 0.01).tolist()
-    assert weights == pytest.approx([0, 0.5, 1])
+    assert interpolation(torch.tensor([0.0, 0.01, 1e9]), 0.01).tolist() == pytest.approx([0, 0.5, 1])
 
 
 def test_assumption_5_violation_is_an_error():
     """A direction flat in Sigma and in H is refused, with how many and how flat."""
-    ones = torch.ones(5).double()
-    Phi = normal(20, 5, seed=0)
+    ones, Phi = torch.ones(5).double(), normal(20, 5, seed=0)
     Phi = Phi - torch.outer(Phi @ ones, ones) / 5  # blind to uniform shifts, as H is
     Sigma, H = Phi.T @ Phi, softmax_metric(normal(5, seed=1))
-    for call in (lambda: proximal_minimiser(Sigma, H, ones, ones, 1.0),
-                 lambda: generalised_eigen(Sigma, H)):
+    for solve, more in ((proximal_minimiser, (ones, ones, 1.0)), (generalised_eigen, ())):
         with pytest.raises(ValueError, match=r"Assumption 5 fails(.|\n)*\n1 of 5.* is -?\d"):
-            call()
+            solve(Sigma, H, *more)
     proximal_minimiser(Sigma + torch.outer(ones, ones), H, ones, ones, 1.0)
 
 
@@ -181,10 +159,7 @@ def test_assumption_5_violation_is_an_error():
     (torch.diag(torch.tensor([1.0, -0.25])), 1.0, r"Sigma is not symmetric(.|\n)*eigenvalue -0.25"),
     (torch.ones(2, 3), 1.0, r"Sigma is not a finite square matrix\nshape \(2, 3\)"),
     (torch.diag(torch.tensor([1.0, math.nan])), 1.0, "Sigma is not a finite"),
-    (torch.eye(2), 0.0, "lam=0.0"),
-    (torch.eye(2), -1.0, "lam=-1.0"),
-    (torch.eye(2), math.inf, "lam=inf"),
-])
+    (torch.eye(2), 0.0, "lam=0.0"), (torch.eye(2), -1.0, "lam=-1.0"), (torch.eye(2), math.inf, "lam=inf")])
 def test_inputs_outside_the_proposition_are_errors(Sigma, lam, message):
     """Asymmetric, indefinite, non-square, non-finite Sigma, and lam outside (0, inf), are named."""
     with pytest.raises(ValueError, match=message) as error:
@@ -192,77 +167,48 @@ def test_inputs_outside_the_proposition_are_errors(Sigma, lam, message):
     assert str(error.value).count("\n") == 2
 
 
-# ---- Corollary 2
-
-
 @quick
 @given(m=st.integers(1, 10), seed=SEEDS, lam=LAMS)
 def test_corollary_2_l2_case(m, seed, lam):
-    """H = I: Sigma's own eigenpairs, and the weight on v_star is sigma^2/(sigma^2 + lam)."""
-    Sigma = second_moment(m, 2 * m, seed)
-    v_star, v_prev = normal(m, seed=seed + 1), normal(m, seed=seed + 2)
+    """H = I, as in the shipped l2: Sigma's own eigenpairs, and the weight on v_star is sigma^2/(sigma^2 + lam)."""
+    Sigma, v_star, v_prev = second_moment(m, 2 * m, seed), normal(m, seed=seed + 1), normal(m, seed=seed + 2)
     v = proximal_minimiser(Sigma, torch.eye(m), v_star, v_prev, lam)
     _, sigma, Q = torch.linalg.svd(Sigma)  # Sigma is PSD: singular values are eigenvalues, sigma^2
     want = sigma / (sigma + lam) * (Q @ v_star) + lam / (sigma + lam) * (Q @ v_prev)
     assert torch.allclose(Q @ v, want, atol=1e-10), f"{Q @ v} against {want}"
     assert torch.allclose(generalised_eigen(Sigma, torch.eye(m))[0], sigma.flip(0), atol=1e-10)
-
-
-def test_l2_is_the_quadratic_proximal_with_the_identity():
-    """The shipped l2 is Eq. 6's term with H = I; the shipped softmax_kl's is another."""
-    v, v_prev = normal(9, seed=0), normal(9, seed=1)
-    assert math.isclose(l2(v, v_prev), quadratic_prox(v - v_prev, torch.eye(9)), rel_tol=1e-12)
-
-
-# ---- Propositions 3 and 5, Corollary 4
-
-
-def orders(deltas: list[Tensor], v_prevs: list[Tensor], steps: list[float]) -> list[float]:
-    """log2 of the factor by which the remainder falls at each halving of the step."""
-    left = [abs(float(softmax_kl_remainder([s * d for d in deltas], v_prevs))) for s in steps]
-    return [math.log2(a / b) for a, b in zip(left, left[1:])]
+    assert math.isclose(l2(v_star, v_prev), quadratic_prox(v_star - v_prev, torch.eye(m)), rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_proposition_5_remainder_is_of_third_order(seed):
-    """One group: shipped softmax_kl - 1/2 delta^T H delta falls 8-fold when the step halves."""
-    v_prev, delta = normal(30, seed=seed), normal(30, seed=seed + 50)
-    found = orders([delta], [v_prev], [2.0**-k for k in range(7, 12)])
-    assert all(abs(order - 3) < 0.1 for order in found), f"{found}"
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_proposition_3_blockwise_quadratic_with_third_order_remainder(seed):
-    """Groups of unequal size: the sum of KLs is 1/2 delta^T blkdiag(H) delta up to third order."""
-    sizes = [3, 17, 40]
-    v_prevs = [normal(n, seed=seed + n) for n in sizes]
-    deltas = [normal(n, seed=seed + n + 100) for n in sizes]
-    found = orders(deltas, v_prevs, [2.0**-k for k in range(7, 12)])
-    assert all(abs(order - 3) < 0.1 for order in found), f"{found}"
-    K = sum(softmax_kl(u + 1e-3 * d, u) for u, d in zip(v_prevs, deltas))
-    quadratic = quadratic_prox(1e-3 * torch.cat(deltas), block_metric(v_prevs))
-    assert abs(K / quadratic - 1) < 5e-3, f"K {K:.6g}, quadratic form {quadratic:.6g}"
-
-
-def test_proposition_3_metric_has_no_terms_between_groups():
-    """blkdiag: moving one group leaves the other groups' share of the penalty as it was."""
-    u, w = normal(4, seed=0), normal(3, seed=1)
-    H = block_metric([u, w])
-    assert H.shape == (7, 7) and (H[:4, 4:] == 0).all() and (H[4:, :4] == 0).all()
-    assert H[:4, :4].equal(softmax_metric(u)) and H[4:, 4:].equal(softmax_metric(w))
+@pytest.mark.parametrize("sizes", [[30], [3, 17, 40]])
+def test_proposition_3_and_5_remainder_is_of_third_order(seed, sizes):
+    """One group (Prop. 5) or groups of unequal size (Prop. 3): the sum of KLs less 1/2 delta^T blkdiag(H) delta falls
+    8-fold when the step halves; at any step it is the textbook's KL(current || previous) less that form."""
+    v_prevs, deltas = ([normal(n, seed=seed + n + more) for n in sizes] for more in (0, 100))
+    left = [abs(float(softmax_kl_remainder([d / 2**k for d in deltas], v_prevs))) for k in range(7, 12)]
+    orders = [math.log2(a / b) for a, b in zip(left, left[1:])]
+    assert all(abs(order - 3) < 0.1 for order in orders), f"{orders}"
+    for step in (1e-3, 1.0):
+        moved = [step * d for d in deltas]
+        K = sum(textbook_softmax_kl((u + d).tolist(), u.tolist())[0] for u, d in zip(v_prevs, moved))
+        form = float(quadratic_prox(torch.cat(moved), block_metric(v_prevs)))
+        assert softmax_kl_remainder(moved, v_prevs).item() == pytest.approx(K - form, rel=1e-4), f"{K} and {form}"
+        assert step > 0.1 or abs(K / form - 1) < 5e-3, f"K {K:.6g}, quadratic form {form:.6g}"
 
 
 @quick
 @given(n=st.integers(2, 12), seed=SEEDS)
 def test_proposition_5_metric_is_the_hessian_of_the_shipped_penalty(n, seed):
-    """softmax_metric(v_prev) is what autograd finds at the anchor; its kernel: constants."""
-    v_prev = normal(n, seed=seed)
-    H = softmax_metric(v_prev)
-    hessian = torch.autograd.functional.hessian(lambda v: softmax_kl(v, v_prev), v_prev)
-    assert torch.allclose(H, hessian, atol=1e-12), f"off by {(H - hessian).abs().max():.2g}"
+    """What autograd finds at the anchor of one group, and of two: no term between them; a group's kernel: constants."""
+    v_prev, more = normal(n, seed=seed), normal(n + 1, seed=seed + 1)
+    H, both = softmax_metric(v_prev), block_metric([v_prev, more])
+    hessian = torch.autograd.functional.hessian(
+        lambda v: softmax_kl(v[:n], v_prev) + softmax_kl(v[n:], more), torch.cat([v_prev, more]))
+    assert torch.allclose(both, hessian, atol=1e-12), f"off by {(both - hessian).abs().max():.2g}"
+    assert both[:n, :n].equal(H) and not both[:n, n:].any() and not both[n:, :n].any()
     eigenvalues = torch.linalg.eigvalsh(H)
-    assert abs(eigenvalues[0]) < 1e-15 and eigenvalues[1] > 0, f"{eigenvalues}"
-    assert (H @ torch.ones(n).double()).abs().max() < 1e-15
+    assert abs(eigenvalues[0]) < 1e-15 < eigenvalues[1] and (H @ torch.ones(n).double()).abs().max() < 1e-15
 
 
 @quick
@@ -271,11 +217,9 @@ def test_corollary_4_variance_form(n, seed, shift):
     """Var_p(delta) = delta^T (diag(p) - p p^T) delta = numpy's weighted variance."""
     v_prev, delta = normal(n, seed=seed), normal(n, seed=seed + 1) + shift
     p = np.exp(v_prev.numpy()) / np.exp(v_prev.numpy()).sum()
-    numpy_variance = float(np.cov(delta.numpy(), aweights=p, ddof=0)) if n > 1 else 0.0
-    variance = variance_form(delta, torch.tensor(p))
-    assert math.isclose(variance, numpy_variance, rel_tol=1e-9, abs_tol=1e-12)
-    assert math.isclose(quadratic_prox(delta, softmax_metric(v_prev)), variance / 2,
-                        rel_tol=1e-9, abs_tol=1e-12)
+    variance, peer = variance_form(delta, torch.tensor(p)), np.cov(delta.numpy(), aweights=p, ddof=0) if n > 1 else 0
+    assert math.isclose(variance, peer, rel_tol=1e-9, abs_tol=1e-12)
+    assert math.isclose(quadratic_prox(delta, softmax_metric(v_prev)), variance / 2, rel_tol=1e-9, abs_tol=1e-12)
 
 
 @pytest.mark.parametrize("step", [1e-5, 1e-4, 1e-3])

@@ -3,188 +3,202 @@
     E^(k+1) = D^-1/2 A D^-1/2 E^(k)     H = mean_k E^(k), k = 0 .. layers     score(u, i) = H_u . H_i
 
 E (U + I, d): users first, then items. A is the bipartite graph of the training interactions. Every node of the
-universe has a row from the start; one that nobody has met yet keeps its random vector.
+universe has a vector from the start; one that nobody has met yet keeps its random one.
 """
-from __future__ import annotations
-
 import math
 import warnings
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from minipeso.config import LARGEST
+from minipeso.metrics import hit_at
+from minipeso.rivals.settings import Flags
 
 
-class Tower(NamedTuple):
-    """How it is trained. Source of the defaults in config.py: the PISA authors' code."""
+@dataclass(frozen=True)
+class Settings(Flags):
+    """Of all two-tower methods; "PISA" is its authors' code."""
 
-    layers: int
-    negatives: int
-    lr: float
-    weight_decay: float
-    batch: int
-    epochs: int
-    patience: int
+    tower_width: int = 64  # PISA: dimensions of a user or item vector
+    tower_init: float = 0.1  # standard deviation of new vectors. PISA: 0.01, with which D1's best epoch is an early one
+    tower_layers: int = 2  # PISA: propagation steps. LightGCN's own example: 3
+    tower_negatives: int = 4  # PISA: per positive
+    tower_lr: float = 1e-2  # Adam. PISA: 1e-3; validation NDCG@10 of the demo's D1 is 0.17 with it, 0.28 with ours
+    tower_weight_decay: float = 1e-5  # PISA, there inside Adam; here on the batch's vectors (lightgcn.fit)
+    tower_batch: int = 1024  # PISA: pairs per step
+    tower_epochs: int = 500  # PISA: at most, per stage
+    tower_patience: int = 20  # PISA: validations (one every 2 epochs) in a row without a new best
+    contrast: float = 0.1  # PISA: the weight of contrastive and PIW
+    pisa_alpha: float = 0.5  # PISA: the weight of its own regulariser
+    tower_tau: float = 0.5  # PISA: temperature of InfoNCE
+    tower_neighbours: int = 10  # ours: neighbours per node and batch; PISA: all
+    tower_clusters: int = 20  # PISA: of items, for PIW's and PISA's preference shift
+    tower_share: float = 0.2  # PISA: the share of users with the largest weights, L
+    bounds: ClassVar = {
+        **{f"tower_{name}": (1, LARGEST) for name in "width negatives batch epochs patience neighbours".split()},
+        "tower_tau": (1e-6, 1e6), "tower_init": (1e-6, 1e6), "tower_share": (0, 1), "tower_clusters": (1, 65536)}
 
 
 class Questions(NamedTuple):
-    """Whom to ask for what: user (n,), target (n,), and the items each has had, as (row, item) pairs (2, k)."""
+    """Whom to ask for what."""
 
-    user: Tensor
-    target: Tensor
-    seen: Tensor
-
-
-def adjacency(user: Tensor, item: Tensor, n_users: int, n_items: int) -> Tensor:
-    """D^-1/2 A D^-1/2 as sparse CSR (U + I, U + I) of the edges user (m,) - item (m,); doubles count once."""
-    n = n_users + n_items
-    edge = torch.unique(user * n + n_users + item)
-    a, b = edge // n, edge % n
-    degree = torch.bincount(torch.cat([a, b]), minlength=n).clamp(min=1).float()
-    weight = (degree[a] * degree[b]).rsqrt()
-    place = torch.stack([torch.cat([a, b]), torch.cat([b, a])])
-    coo = torch.sparse_coo_tensor(place, weight.repeat(2), (n, n), check_invariants=False).coalesce()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return coo.to_sparse_csr()
+    user: Tensor  # (n,)
+    target: Tensor  # (n,) items
+    seen: Tensor  # (2, k): which question, an item that its user has had
 
 
-class _Propagate(torch.autograd.Function):
-    """P E, P = (I + A + A^2 + ...) / (layers + 1), by Horner's rule. P is symmetric as A is, so the gradient of
-    E is P g: the same function, and no transpose is ever built."""
+class Links:
+    """The graph of the edges user (m,) - item (m,), doubles counted once, both ways, as CSR lists over U + I nodes."""
+
+    def __init__(self, user: Tensor, item: Tensor, n_users: int, n_items: int):
+        self.n_users, n, item = n_users, n_users + n_items, n_users + item
+        key = torch.unique(torch.cat([user * n + item, item * n + user]))  # (k,), sorted
+        self.node, self.neighbour = key // n, key % n  # (k,)
+        self.first = torch.searchsorted(self.node, torch.arange(n + 1))  # (n + 1,)
+
+    @cached_property
+    def A(self) -> Tensor:
+        """D^-1/2 A D^-1/2 as sparse CSR (U + I, U + I)."""
+        degree = self.first.diff().float()
+        weight = (degree[self.node] * degree[self.neighbour]).rsqrt()  # (k,)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(self.first, self.neighbour, weight, 2 * degree.shape, check_invariants=False)
+
+    def sample(self, nodes: Tensor, k: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(place in nodes (m,), neighbour (m,)): a node's at most k neighbours, or k of them with replacement."""
+        count = self.first[nodes + 1] - self.first[nodes]  # (n,)
+        column = torch.arange(k)
+        drawn = (torch.rand(len(nodes), k, generator=draw) * count[:, None]).long()
+        chosen = torch.where((count <= k)[:, None], column, drawn)  # (n, k)
+        place, j = (column < count[:, None]).nonzero().T
+        return place, self.neighbour[self.first[nodes[place]] + chosen[place, j]]
+
+
+class Lesson(NamedTuple):
+    """What there is to learn at a stage, and how it is validated."""
+
+    user: Tensor  # (m,) of the training pairs
+    item: Tensor  # (m,)
+    links: Links  # the graph of these pairs alone
+    known: Tensor  # (k,) items that exist by now
+    had: Tensor  # sorted keys user * I + item of all that anybody has had by now
+    check: Questions
+
+
+class Propagate(torch.autograd.Function):
+    """propagate(E, A, layers) = P E (U + I, d), P = (I + A + A^2 + ...) / (layers + 1), by Horner's rule. P is
+    symmetric as A is, so the gradient of E is P g: the same function, and no transpose is ever built."""
 
     @staticmethod
     def forward(ctx, E: Tensor, A: Tensor, layers: int) -> Tensor:
-        ctx.A, ctx.layers = A, layers
-        return _horner(E, A, layers)
+        ctx.A, ctx.layers, H = A, layers, E
+        for _ in range(layers):
+            H = torch.addmm(E, A, H)  # E + A H
+        return H / (layers + 1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _horner(grad.contiguous(), ctx.A, ctx.layers), None, None
+        return propagate(grad.contiguous(), ctx.A, ctx.layers), None, None
 
 
-def _horner(E: Tensor, A: Tensor, layers: int) -> Tensor:
-    H = E
-    for _ in range(layers):
-        H = torch.addmm(E, A, H)  # E + A H
-    return H / (layers + 1)
-
-
-def propagate(E: Tensor, A: Tensor, layers: int) -> Tensor:
-    """The mean of E, A E, A^2 E, ... (U + I, d)."""
-    return _Propagate.apply(E, A, layers)
+propagate = Propagate.apply
 
 
 def bpr_loss(u: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """-mean log sigmoid(u . positive - u . negative): (n, d), (n, d), (n, k, d) -> ()."""
-    better = (u * positive).sum(-1, keepdim=True)  # (n, 1)
-    worse = torch.einsum("nd,nkd->nk", u, negative)
+    better, worse = (u * positive).sum(-1, keepdim=True), torch.einsum("nd,nkd->nk", u, negative)  # (n, 1), (n, k)
     return -F.logsigmoid(better - worse).mean()
 
 
-def sample_negatives(user: Tensor, k: int, known: Tensor, had: Tensor, n_items: int,
-                     generator: torch.Generator) -> Tensor:
-    """(n, k) items of `known`, uniform over those that the user has not had by now.
-
-    `had`: sorted keys user * n_items + item. Release of PISA: over items the user never takes in the whole
-    corpus, the test item included, which tells the model what not to rank low. Here: nothing of the future.
-    """
-    chosen = known[torch.randint(len(known), (len(user), k), generator=generator)]
+def sample_negatives(user: Tensor, k: int, known: Tensor, had: Tensor, n_items: int, draw: torch.Generator) -> Tensor:
+    """(n, k) items of `known`, uniform over those that the user has not had by now. Release of PISA: over items never
+    taken in the whole corpus, so not the test item, which tells what not to rank low. Here: nothing of the future."""
+    chosen = known[torch.randint(len(known), (len(user), k), generator=draw)]
     for _ in range(100):  # a user who has had everything keeps a positive; nobody real does
         key = user[:, None] * n_items + chosen
-        place = torch.searchsorted(had, key).clamp(max=len(had) - 1)
-        bad = had[place] == key
+        bad = had[torch.searchsorted(had, key).clamp(max=len(had) - 1)] == key  # (n, k)
         if not bad.any():
             break
-        chosen[bad] = known[torch.randint(len(known), (int(bad.sum()),), generator=generator)]
+        chosen[bad] = known[torch.randint(len(known), (int(bad.sum()),), generator=draw)]
     return chosen
 
 
 @torch.no_grad()
 def full_ranks(H: Tensor, n_users: int, known: Tensor, asked: Questions, top: int = 10, batch: int = 128) -> Tensor:
     """(n,) int64: the 1-based rank of every target among all `known` items but those the user has had; 0 beyond
-    `top`, and where the target is not known. Ties go to the smaller item number.
-
-    One product a batch, no loop over users (`python -m tests.bench.__main__ towers` times it).
-    """
+    `top`, and where the target is not known. Ties go to the smaller item number."""
     items, n_items = H[n_users:], len(H) - n_users
     hidden = torch.full((n_items,), -torch.inf)
     hidden[known] = 0.0
-    order = torch.argsort(asked.seen[0])
-    row, item = asked.seen[:, order]
+    question, item = asked.seen[:, torch.argsort(asked.seen[0])]
     ranks = torch.zeros(len(asked.user), dtype=torch.long)
-    for start in range(0, len(ranks), batch):
+    for start in range(0, len(ranks), batch):  # one product per batch, no loop over users
         some = slice(start, start + batch)
         score = H[asked.user[some]] @ items.T + hidden  # (b, I)
-        low, high = torch.searchsorted(row, torch.tensor([start, start + len(score)]))
-        score[row[low:high] - start, item[low:high]] = -torch.inf
-        target = asked.target[some, None]
+        low, high = torch.searchsorted(question, torch.tensor([start, start + batch]))
+        score[question[low:high] - start, item[low:high]] = -torch.inf
+        target = asked.target[some, None]  # (b, 1)
         own = score.gather(1, target)
         ahead = (score > own).sum(1) + ((score == own) & (torch.arange(n_items) < target)).sum(1)
         ranks[some] = torch.where((ahead < top) & (own[:, 0] > -torch.inf), ahead + 1, 0)
     return ranks
 
 
-def fit(E: Tensor, edges: tuple[Tensor, Tensor], A: Tensor, n_users: int, known: Tensor, had: Tensor,
-        check: Questions, how: tuple[Tower, torch.Generator, object | None]) -> Tensor:
-    """Adam on BPR (and a regulariser) from E -> the E of the best epoch by Hit@10 on `check`.
+class Free:
+    """No regulariser; those of pisa.py have the same three methods."""
 
-    Weight decay is a penalty on the batch's own vectors, weight_decay / 2 (|u|^2 + |i+|^2 + |i-|^2) a pair, as
-    LightGCN's. PISA's code gives it to Adam, which rescales it to steps of lr and so shrinks everybody who is
-    absent from D_t towards 0.
+    def parameters(self) -> list[nn.Parameter]:
+        return []
 
-    Validated every second epoch. One rule for all methods: stop after `patience` validations in a row without
-    a new best (Release: counted after epoch 20). `regulariser`: pisa.py's, with .begin_epoch(H), .parameters()
-    and a call (H, users, items) -> ().
+    def begin_epoch(self, H: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def __call__(self, H: Tensor, user: Tensor, item: Tensor) -> Tensor | float:
+        """What is added to the loss of the pairs user (b,), item (b,)."""
+        return 0.0
+
+
+def batch_loss(E: Tensor, H: Tensor, nodes: Tensor, weight_decay: float) -> Tensor:
+    """BPR over nodes (b, 2 + k), the user, the item taken and k others, + weight_decay / 2 |E|^2 of them per pair."""
+    u, positive, negative = H[nodes].split([1, 1, nodes.shape[1] - 2], 1)  # one gather: its gradient is a whole table
+    return bpr_loss(u[:, 0], positive[:, 0], negative) + weight_decay / 2 * E[nodes].square().sum() / len(nodes)
+
+
+def fit(E: Tensor, lesson: Lesson, s: Settings, draw: torch.Generator, regulariser: Free = Free()) -> Tensor:
+    """Adam on BPR and the regulariser from E -> the E of the best epoch by Hit@10 on lesson.check.
+
+    Weight decay is a penalty on the batch's own vectors, as LightGCN's. PISA's code gives it to Adam, which rescales it
+    to steps of lr and so shrinks everybody who is absent from D_t towards 0. Validated every second epoch; all methods
+    stop after `tower_patience` validations in a row without a new best (Release: counted after epoch 20).
     """
-    tower, generator, regulariser = how
-    (user, item), E = edges, E.clone().requires_grad_(True)
-    extra = list(regulariser.parameters()) if regulariser else []
-    optimiser = torch.optim.Adam([E, *extra], lr=tower.lr, fused=True)
+    user, item, links, known, had, check = lesson
+    E, A, n_users = E.clone().requires_grad_(True), links.A, links.n_users
+    optimiser = torch.optim.Adam([E, *regulariser.parameters()], lr=s.tower_lr, fused=True)
     best, kept, waited = -math.inf, E.detach().clone(), 0
-    for epoch in range(1, tower.epochs + 1):
-        if regulariser:
-            regulariser.begin_epoch(propagate(E.detach(), A, tower.layers))
-        for some in torch.randperm(len(user), generator=generator).split(tower.batch):
-            H = propagate(E, A, tower.layers)
-            negative = sample_negatives(user[some], tower.negatives, known, had, len(E) - n_users, generator)
-            rows = torch.cat([user[some, None], n_users + item[some, None], n_users + negative], 1)  # (b, 2 + k)
-            u, positive, others = H[rows].split([1, 1, tower.negatives], 1)  # one gather: its gradient is a whole table
-            loss = bpr_loss(u[:, 0], positive[:, 0], others) + tower.weight_decay / 2 * E[rows].square().sum() / len(some)
-            if regulariser:
-                loss = loss + regulariser(H, user[some], item[some])
+    for epoch in range(1, s.tower_epochs + 1):
+        regulariser.begin_epoch(propagate(E.detach(), A, s.tower_layers))
+        for some in torch.randperm(len(user), generator=draw).split(s.tower_batch):
+            H = propagate(E, A, s.tower_layers)
+            negative = sample_negatives(user[some], s.tower_negatives, known, had, len(E) - n_users, draw)
+            nodes = torch.cat([user[some, None], n_users + item[some, None], n_users + negative], 1)  # (b, 2 + k)
+            loss = batch_loss(E, H, nodes, s.tower_weight_decay) + regulariser(H, user[some], item[some])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the two-tower loss is no longer finite\nfound {loss.item()} in epoch {epoch}\n"
                                      "lower --tower-lr")
-        if epoch % 2 == 0 or epoch == tower.epochs:
-            hit = (full_ranks(propagate(E.detach(), A, tower.layers), n_users, known, check) > 0).float().mean().item()
-            waited = 0 if hit > best else waited + 1
+        if epoch % 2 == 0 or epoch == s.tower_epochs:
+            hit = hit_at(full_ranks(propagate(E.detach(), A, s.tower_layers), n_users, known, check), 10)
+            waited += 1
             if hit > best:
-                best, kept = hit, E.detach().clone()
-            if waited >= tower.patience:
+                best, kept, waited = hit, E.detach().clone(), 0
+            if waited >= s.tower_patience:
                 break
     return kept
-
-
-class Neighbours:
-    """Who is linked to whom, as CSR lists, for sampling: .sample(nodes, k) -> (place in nodes (m,), neighbour (m,))."""
-
-    def __init__(self, a: np.ndarray, b: np.ndarray, n: int):
-        order = np.lexsort((b, a))
-        self.b, self.first = torch.from_numpy(b[order]), torch.from_numpy(np.searchsorted(a[order], np.arange(n + 1)))
-
-    def sample(self, nodes: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """All of a node's neighbours if it has at most k, else k of them with replacement."""
-        count = self.first[nodes + 1] - self.first[nodes]  # (n,)
-        column = torch.arange(k)
-        drawn = (torch.rand(len(nodes), k, generator=generator) * count[:, None]).long()
-        chosen = torch.where((count <= k)[:, None], column, drawn)  # (n, k)
-        place, at = (column < count[:, None]).nonzero().T
-        return place, self.b[self.first[nodes[place]] + chosen[place, at]]
-
-

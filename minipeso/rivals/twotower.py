@@ -3,119 +3,85 @@
 At stage t a model starts from that of t - 1 and learns D_t on the graph of D_t alone (the PISA authors' protocol);
 `pretrain` stays the model of D_1. Ranking is over the items known at the stage, less those the user has had.
 """
-from __future__ import annotations
+from collections.abc import Iterable, Sequence
 
-from collections.abc import Sequence
-from functools import cached_property
-from typing import NamedTuple
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from minipeso.config import Config
-from minipeso.rivals.lightgcn import Neighbours, Questions, Tower, adjacency, fit, full_ranks, propagate
+from minipeso.rivals.lightgcn import Free, Lesson, Links, Questions, Settings, fit, full_ranks, propagate
 from minipeso.rivals.pisa import PISA, PIW, Contrastive
 from minipeso.stages import Stage
 
 
-class Universe(NamedTuple):
-    """Rows of E: user number -> row, and how many users and items there are in all stages."""
+def learn(run, name: str) -> dict[str, Tensor]:
+    """Method `lightgcn-...` on the run's stages -> {stage: ranks (users,)}. The model of D_1 is learnt once for all."""
+    towers = TwoTowers(run.stages, run.known, run.n_items, run.cfg)
+    return towers.learn(name, run.once("towers-first", towers.first))
 
-    row: dict[int, int]
-    n_items: int
 
-    def pairs(self, taken: dict[int, list[int]]) -> tuple[Tensor, Tensor]:
-        """{user: items} -> rows (m,), items (m,)."""
-        rows = np.repeat([self.row[u] for u in taken], [len(items) for items in taken.values()])
-        items = [item for some in taken.values() for item in some]
-        return torch.from_numpy(rows.astype(np.int64)), torch.tensor(items, dtype=torch.long)
+class TwoTowers:
+    """The two-tower methods on one data set and seed. User u is node self.node[u], item i is node n_users + i."""
+
+    def __init__(self, stages: Sequence[Stage], known: list[list[int]], n_items: int, cfg: Config):
+        self.stages, self.known, self.n_items = stages, [torch.tensor(items) for items in known], n_items
+        self.seed, self.s = cfg.seed, Settings.of(cfg)
+        users = sorted(set().union(*(stage.current for stage in stages)))
+        self.node, self.n_users = {user: node for node, user in enumerate(users)}, len(users)
+
+    def first(self) -> dict[str, Tensor]:
+        """After D_1: E (U + I, d), and the state of the generator."""
+        draw = torch.Generator().manual_seed(self.seed)
+        E = self.s.tower_init * torch.randn(self.n_users + self.n_items, self.s.tower_width, generator=draw)
+        return {"E": fit(E, self.lesson(1), self.s, draw), "generator": draw.get_state()}
+
+    def learn(self, method: str, first: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Through all stages from the model of D_1 -> {stage: ranks (users,)}."""
+        E, lesson, draw, ranks = first["E"], self.lesson(1), torch.Generator(), {}
+        draw.set_state(first["generator"])
+        for t, stage in enumerate(self.stages, start=1):
+            if t > 1 and method != "lightgcn-pretrain" and any(len(taken) > 2 for taken in stage.current.values()):
+                lesson = self.lesson(t)
+                E = fit(E, lesson, self.s, draw, self.regulariser(method, E, lesson, t, draw))
+            H = propagate(E, lesson.links.A, self.s.tower_layers)  # (U + I, d)
+            ranks[str(stage.number)] = full_ranks(H, self.n_users, self.known[t - 1], self.ask(stage, 1))
+        return ranks
+
+    def lesson(self, t: int) -> Lesson:
+        """D_t's training pairs, and the graph of them alone."""
+        stage = self.stages[t - 1]
+        user, item = self.training_pairs([stage])  # (m,)
+        past = pairs((self.node[u], items) for u, items in stage.history.items())
+        had = torch.unique(torch.cat([past[0] * self.n_items + past[1], user * self.n_items + item]))
+        links = Links(user, item, self.n_users, self.n_items)
+        return Lesson(user, item, links, self.known[t - 1], had, self.ask(stage, 2))
+
+    def training_pairs(self, stages: Sequence[Stage]) -> Tensor:
+        """(2, m): every (user, item) of these stages but the validation and test items."""
+        return pairs((self.node[u], taken[:-2]) for stage in stages for u, taken in stage.current.items())
 
     def ask(self, stage: Stage, last: int) -> Questions:
         """The item `last` places from the end of each user's stage (1: test, 2: validation), and all before it."""
         users = [u for u, taken in stage.current.items() if len(taken) >= last]
-        before = [stage.history[u] + stage.current[u][:-last] for u in users]
-        at = np.repeat(np.arange(len(users)), [len(items) for items in before]).astype(np.int64)
-        seen = torch.tensor([item for items in before for item in items], dtype=torch.long)
-        return Questions(torch.tensor([self.row[u] for u in users], dtype=torch.long), torch.tensor(
-            [stage.current[u][-last] for u in users], dtype=torch.long), torch.stack([torch.from_numpy(at), seen]))
+        user, target = pairs((self.node[u], stage.current[u][-last:][:1]) for u in users)
+        return Questions(user, target, pairs(enumerate(stage.history[u] + stage.current[u][:-last] for u in users)))
 
-
-class TwoTowers:
-    """The two-tower methods on one data set and seed; the model of D_1 is learnt once for all of them."""
-
-    def __init__(self, stages: Sequence[Stage], known: list[list[int]], n_items: int, cfg: Config):
-        self.stages, self.known, self.cfg = stages, [torch.tensor(items) for items in known], cfg
-        users = sorted(set().union(*(stage.current for stage in stages)))
-        self.universe = Universe({user: row for row, user in enumerate(users)}, n_items)
-        self.n_users = len(users)
-        self.tower = Tower(cfg.tower_layers, cfg.tower_negatives, cfg.tower_lr, cfg.tower_weight_decay, cfg.tower_batch,
-                           cfg.tower_epochs, cfg.tower_patience)
-
-    def learn(self, method: str) -> dict[str, Tensor]:
-        """Method `lightgcn-...` through all stages -> {stage: ranks (users,)}, as run.learn_later's."""
-        (E, A, state), draw, ranks = self.first, torch.Generator(), {}
-        draw.set_state(state)
-        for t, stage in enumerate(self.stages, start=1):
-            if t > 1 and method != "lightgcn-pretrain" and any(len(taken) > 2 for taken in stage.current.values()):
-                edges, A = self.graph(stage)
-                E = self.fit(E, A, edges, t, draw, self.regulariser(method, E, A, edges, t, draw))
-            H = propagate(E, A, self.tower.layers)
-            ranks[str(stage.number)] = full_ranks(H, self.n_users, self.known[t - 1], self.universe.ask(stage, 1))
-        return ranks
-
-    @cached_property
-    def first(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(E, graph, state of the generator) after D_1."""
-        draw = torch.Generator().manual_seed(self.cfg.seed)
-        rows = self.n_users + self.universe.n_items
-        E = self.cfg.tower_init * torch.randn(rows, self.cfg.tower_width, generator=draw)
-        edges, A = self.graph(self.stages[0])
-        return self.fit(E, A, edges, 1, draw), A, draw.get_state()
-
-    def graph(self, stage: Stage) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The stage's training pairs (rows, items), and the graph of them alone."""
-        edges = self.universe.pairs({u: taken[:-2] for u, taken in stage.current.items()})
-        return edges, adjacency(*edges, self.n_users, self.universe.n_items)
-
-    def fit(self, E: Tensor, A: Tensor, edges: tuple[Tensor, Tensor], t: int, draw: torch.Generator,
-            regulariser: Contrastive | None = None) -> Tensor:
-        stage = self.stages[t - 1]
-        taken = (self.universe.pairs(stage.history), edges)
-        had = torch.unique(torch.cat([user * self.universe.n_items + item for user, item in taken]))
-        return fit(E, edges, A, self.n_users, self.known[t - 1], had, self.universe.ask(stage, 2),
-                   (self.tower, draw, regulariser))
-
-    def regulariser(self, method: str, E: Tensor, A: Tensor, edges: tuple[Tensor, Tensor], t: int,
-                    draw: torch.Generator) -> Contrastive | None:
+    def regulariser(self, method: str, E: Tensor, lesson: Lesson, t: int, draw: torch.Generator) -> Free:
         """What holds stage t >= 2 to the model of t - 1; for PISA also to a first, free fine-tuning on D_t."""
-        cfg = self.cfg
         if method == "lightgcn-finetune":
-            return None
-        past = self.universe.pairs(_merge(self.stages[:t - 1]))
-        old = torch.zeros(len(E), dtype=torch.bool)
+            return Free()
+        past = self.training_pairs(self.stages[:t - 1])  # (2, m)
+        old = torch.zeros(len(E), dtype=torch.bool)  # (U + I,)
         old[torch.cat([past[0], self.n_users + past[1]])] = True
-        strength = cfg.pisa_alpha if method == "lightgcn-pisa" else cfg.contrast
-        shared = (propagate(E, A, self.tower.layers), self.links(past), old, self.n_users, strength, cfg.tower_tau,
-                  cfg.tower_neighbours, draw)
-        if method == "lightgcn-contrastive":
-            return Contrastive(*shared)
-        if method == "lightgcn-piw":
-            return PIW(*shared, clusters=cfg.tower_clusters)
-        ahead = propagate(self.fit(E, A, edges, t, draw), A, self.tower.layers)
-        return PISA(*shared, next_model=ahead, next_links=self.links(edges)[0], clusters=cfg.tower_clusters,
-                    share=cfg.tower_share)
-
-    def links(self, pairs: tuple[Tensor, Tensor]) -> tuple[Neighbours, Neighbours]:
-        """(the items of every user, the users of every item), as rows of E."""
-        user, item, n = pairs[0].numpy(), self.n_users + pairs[1].numpy(), self.n_users + self.universe.n_items
-        return Neighbours(user, item, n), Neighbours(item, user, n)
+        links = Links(*past, self.n_users, self.n_items)
+        held = propagate(E, lesson.links.A, self.s.tower_layers), links, old, self.s, draw
+        if method != "lightgcn-pisa":
+            return {"lightgcn-contrastive": Contrastive, "lightgcn-piw": PIW}[method](*held)
+        ahead = propagate(fit(E, lesson, self.s, draw), lesson.links.A, self.s.tower_layers)
+        return PISA(*held, next_model=ahead, next_links=lesson.links)
 
 
-def _merge(stages: Sequence[Stage]) -> dict[int, list[int]]:
-    """What each user took in these stages to learn from: less validation and test items."""
-    taken: dict[int, list[int]] = {}
-    for stage in stages:
-        for user, items in stage.current.items():
-            taken.setdefault(user, []).extend(items[:-2])
-    return taken
+def pairs(taken: Iterable[tuple[int, Sequence[int]]]) -> Tensor:
+    """(k, its items), ... -> every (k, item), as columns (2, m)."""
+    every = [(k, item) for k, items in taken for item in items]
+    return torch.tensor(every, dtype=torch.long).reshape(-1, 2).T.contiguous()

@@ -1,259 +1,230 @@
-"""One run, piece by piece: what train.py tells as a story, and what the experiments repeat."""
-from __future__ import annotations
+"""One run, as train.py tells it: what it stands on, which phases are finished, and what it leaves in its folder.
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+    RUN/          config.json  stats.md  metrics.jsonl  semantic_ids.json  adapters/stage-<t>/  checkpoints/
+                  results.json  ranks.json
+    RUN/METHOD/   adapters and results of a method that --method's is compared with
+"""
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from minipeso import continual, parallel
-from minipeso.runs import disk, prepare, report
-from minipeso.runs.checkpoint import Snapshot, packed, restore, snapshot, unpacked
+from minipeso import parallel
 from minipeso.config import Config
-from minipeso.files.download import content_hash
+from minipeso.continual import base_data, train_stage
 from minipeso.evaluate import Ranker
-from minipeso.rivals.evorec import EvoRec, inactive
-from minipeso.runs.journal import Clock, Journal, counter
-from minipeso.runs.keeper import KEPT, Keeper, numbered
-from minipeso.llama import Llama
-from minipeso.lora import LoRALinear, adapter_parameters, inject
+from minipeso.files.hub import checkpoint_folder, checkpoint_hash
 from minipeso.files.peft import save_peft
-from minipeso.progress import Progress
+from minipeso.lora import LoRALinear
+from minipeso.methods import METHODS
+from minipeso.runs import identity, report, setup
+from minipeso.runs.checkpoints import KEPT, CheckpointError, Checkpoints, Stop, locked, remove, sweep, whole, write_file
+from minipeso.runs.log import Log, bar
 from minipeso.semantic_ids import SemanticIDs
-from minipeso.stages import Example, Stage, examples, statistics, statistics_table
-from minipeso.tokens import Template
-from minipeso.rivals.twotower import TwoTowers
+from minipeso.snapshot import Snapshot, restore, snapshot
+from minipeso.stages import Stage, examples, inactive, statistics, statistics_table
+from minipeso.state import Progress
+
+ADAPTERS = {kind.__name__: kind for kind in (LoRALinear, *(method.adapter for method in METHODS.values()))}
+FIRST = "LoRA"  # who learns D_1, once for all methods
 
 
-SEARCH = 4  # ranking a user costs about as much as training on four pairs: for bars that count both
+@contextmanager
+def begun(cfg: Config) -> "Iterator[Run]":
+    """The run in cfg.out, which no other process works in; signals are answered when it is safe."""
+    with locked(Path(cfg.out)), Stop.heard():
+        yield Run(cfg)
 
 
-class Run(NamedTuple):
-    cfg: Config
-    out: Path
-    clock: Clock
-    data: prepare.Dataset
-    ids: SemanticIDs
-    template: Template
-    model: Llama
-    towers: TwoTowers  # beside the LLM, for those who ask for a two-tower method
-    tick: Callable[[int], None] | None = None  # takes the place of bars: pairs trained, SEARCH a user ranked
+class Run:
+    """cfg, stages, known items, ids, template, model; ranks = {method: {stage: (users,)}}, the inactive users' last."""
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.out / "checkpoints"
+    def __init__(self, cfg: Config, writes: bool = True):
+        self.cfg, self.out, self.writes = cfg, Path(cfg.out), writes
+        self.goes_on = cfg.resume and (self.out / "config.json").is_file()
+        self.told: list[str] = []
+        self.logs: dict[str, Log] = {}
+        self.ranks: dict[str, dict[str, Tensor]] = {}
+        self.seconds: dict[str, float] = {}
+        self.checkpoints = Checkpoints(self.out / "checkpoints", identity.digest(cfg), self.log)
+        self.epochs = self.checkpoints.epochs
 
-    def journal(self, name: str) -> Journal:
-        return Journal(self.out / "metrics.jsonl", name, self.tick)
+    # -- what it stands on
 
-    def keeper(self, phase: str, journal: Journal) -> Keeper:
-        return Keeper(self.checkpoints, phase, report.digest(self.cfg), journal)
+    def load_data(self, language: bool = True) -> None:
+        """Interactions -> stages D_1 .. D_T, shown as the paper's Table 4. The folder begins, or is gone on with."""
+        cfg = self.cfg
+        with self.timed("data"), parallel.first_goes_ahead():
+            if self.goes_on:
+                identity.agree(self.out, cfg)
+            elif not parallel.rank():
+                shutil.rmtree(self.out / "world", ignore_errors=True)  # the demo's, of other settings
+            self.tokenizer = setup.load_tokenizer(cfg) if language else None  # a closed gate is told before the data
+            self.data = setup.load_dataset(cfg, self.out / "world")
+            hashes = setup.fingerprints(self.data)
+            if self.tokenizer:
+                hashes["base"] = checkpoint_hash(checkpoint_folder(cfg.base))
+            if self.goes_on:
+                identity.agree(self.out, cfg, hashes)
+            if self.writes and not parallel.rank():
+                self.clear_folder(hashes)
+        self.stages, self.known, self.n_items = self.data.stages, self.data.known, len(self.data.keys)
+        self.tell(statistics_table(statistics(self.stages)), "\n".join(self.data.notes))
 
-    def tables(self, t: int) -> bool:
+    def clear_folder(self, hashes: dict[str, str]) -> None:
+        """What is unfinished, broken or of another run goes; metrics.jsonl will be said again."""
+        if not self.goes_on:
+            identity.void(self.out, self.cfg)
+            identity.begin(self.out, self.cfg, hashes)
+        sweep(self.out)
+        self.checkpoints.check()
+        write_file(self.out / "metrics.jsonl", "")
+
+    def load_base(self) -> None:
+        """The items' semantic IDs, the same for all stages, prompts made of them, and the base with their tokens:
+        pretrained, or trained here on D_0, the pairs of a share of D_1's users."""
+        cfg = self.cfg
+        with self.timed("semantic IDs"), parallel.first_goes_ahead():
+            self.model = setup.load_model(cfg)
+            if self.tokenizer and self.model.device.type == "cpu":
+                print(f"note: without a GPU {cfg.base} is slow; --base tiny is made for a CPU\n")
+            self.ids = self.data.ids or self.fit_ids()
+        self.template = setup.make_template(cfg, self.ids, self.tokenizer)
+        self.tell(self.ids.table())
+        if self.writes:
+            write_file(self.out / "semantic_ids.json", self.ids.json())
+        self.generator = torch.Generator().manual_seed(cfg.seed)  # of new rows, then of the adapter
+        self.model.grow(self.ids.codes.shape[1] * self.ids.n_codes, self.generator, cfg.init)
+        if setup.from_scratch(cfg):
+            for name, t in self.once("base", self.learn_base).items():
+                self.model.get_parameter(name).data.copy_(t)
+
+    def fit_ids(self) -> SemanticIDs:
+        """An RQ-VAE on the items' vectors; a Llama's, which take long, are kept until it is done."""
+        cfg, data = self.cfg, self.data
+
+        def vectors() -> dict[str, Tensor]:
+            with bar("titles", self.n_items, "item") as advance:
+                return {"x": setup.item_vectors(cfg, data, self.model, self.tokenizer, advance.update)}
+
+        def epochs(progress: Progress, some: range) -> Iterable[int]:
+            return tqdm(self.epochs("semantic-ids")(progress, some), "RQ-VAE", len(some), leave=False, unit="epoch")
+
+        def fit() -> dict[str, Tensor]:
+            x = self.once("item-vectors", vectors)["x"].to(setup.device_of(cfg))
+            ids = SemanticIDs.fit(x, cfg.rqvae_epochs, cfg.seed, lr=cfg.rqvae_lr, epochs_left=epochs, levels=cfg.levels,
+                                  codes=cfg.codes, d_latent=cfg.latent, hidden=cfg.rqvae_hidden)
+            return {"codes": ids.codes, "collisions": torch.tensor(ids.collisions_before)}
+        fitted = self.once("semantic-ids", fit)
+        remove(self.checkpoints.folder / "item-vectors")
+        return SemanticIDs(fitted["codes"], cfg.codes, int(fitted["collisions"]))
+
+    def learn_base(self) -> dict[str, Tensor]:
+        """The model's own parameters after D_0."""
+        cfg = replace(self.cfg, lr=self.cfg.base_lr, epochs=self.cfg.base_epochs, proximal="none")
+        data = base_data(self.stages[0], self.template, cfg)
+        train_stage(self.model, data, 0, cfg, self.log("base"), self.epochs("base"))
+        return dict(self.model.named_parameters())
+
+    # -- phases
+
+    def once(self, phase: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of a phase: from an earlier start that finished it, or computed now and kept."""
+        finished = self.checkpoints.finished(phase)
+        if not finished and not self.writes:
+            raise CheckpointError(f"{self.out} is not complete\ncheckpoints/{phase} is missing\n"
+                                  "run train.py again with --resume")
+        if not finished:
+            finished = compute(), {}
+            self.checkpoints.finish(phase, *finished)
+        return finished[0]
+
+    def done(self, name: str, t: int) -> bool:
+        """Whether an earlier start finished D_t; then its model and ranks are put back."""
+        tensors, facts = self.checkpoints.finished(f"{name}-stage-{t}") or (None, None)
+        if facts:
+            restore(self.model, Snapshot(tensors, facts["tied"], ADAPTERS[facts["adapter"]]))
+            self.ranks[name] = {t: torch.tensor(r, dtype=torch.long) for t, r in facts["ranks"].items()}
+        return bool(facts)
+
+    def left(self, name: str) -> Iterator[int]:
+        """The stages t = 2 .. T that method `name` has still to learn, from the model of the last finished one."""
+        restore(self.model, self.first)
+        self.ranks[name] = dict(self.ranks[FIRST])
+        last = next((t for t in range(len(self.stages), 1, -1) if self.done(name, t)), 1)
+        yield from range(last + 1, len(self.stages) + 1)
+
+    def save(self, name: str, t: int, ranks: Tensor) -> None:
+        """Keeps the model after D_t, the ranks until then, and the adapter for others to load."""
+        self.ranks.setdefault(name, {})[str(t)] = ranks
+        with whole(self.folder(name) / "adapters" / f"stage-{t}") as folder:
+            save_peft(self.model, folder, self.cfg.base, self.whole_tables(t))
+        tensors, tied, adapter = snapshot(self.model, self.whole_tables(2))
+        self.checkpoints.finish(f"{name}-stage-{t}", tensors, {
+            "tied": tied, "adapter": adapter.__name__, "ranks": {s: r.tolist() for s, r in self.ranks[name].items()}})
+        for old in self.checkpoints.numbered(f"{name}-stage-")[:-KEPT]:
+            remove(old)
+
+    def whole_tables(self, t: int) -> bool:
         """Whether training has moved the whole token tables by the end of D_t; by D_2: ever."""
         return "tables" in (self.cfg.first_trains, *[self.cfg.later_trains] * (t > 1))
 
-    def save_adapter(self, out: Path, t: int) -> None:
-        """The stage's PEFT folder, with hashes: of a flipped bit safetensors says nothing."""
-        folder = out / "adapters" / f"stage-{t}"
-        save_peft(self.model, folder, self.cfg.base, self.tables(t))
-        disk.seal(folder)
+    # -- what it says and leaves
 
+    def rank(self, t: int, stage: Stage | None = None) -> Tensor:
+        """The rank of every test item of D_t (as `stage` shows it) among what the model now recommends, 0 if it is not
+        there; with --inactive behind them those of the users who are not in D_t."""
+        test = examples(stage or self.stages[t - 1], "test", self.cfg.window)
+        test += inactive(self.stages[:t]) * self.cfg.inactive
+        ranker = Ranker(self.ids, self.known[t - 1], self.template, self.cfg.beams, self.cfg.hit)
+        with self.timed("test"), bar(f"test D{t}", len(test), "user") as advance:
+            return ranker.ranks(self.model, test, self.cfg.eval_batch, advance.update)
 
-class First(NamedTuple):
-    """What all methods share: the base with a new adapter, the model of D_1, and D_1's ranks."""
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
-    base: Snapshot
-    model: Snapshot
-    ranks: Tensor
+    def log(self, phase: str) -> Log:
+        """One log per method, whatever the stage; and one of the base and of the IDs."""
+        name = phase.partition("-stage-")[0]
+        return self.logs.setdefault(name, Log(self.out / "metrics.jsonl" if self.writes else None, name))
 
+    def tell(self, *parts: str) -> None:
+        """Prints, and adds to stats.md."""
+        print(*parts, sep="\n\n", end="\n\n")
+        self.told += parts
+        if self.writes:
+            write_file(self.out / "stats.md", "\n\n".join(self.told) + "\n")
 
-def load(cfg: Config, base: bool = True) -> tuple[prepare.Dataset, str]:
-    """Interactions -> stages D1 .. D5, and their Table 4; the run folder begins, or is gone on with (cfg.resume)."""
-    out = Path(cfg.out)
-    tidy(out, cfg)
-    if report.goes_on(out, cfg):
-        report.agree(out, cfg)  # before anything is written
-    data = prepare.load_dataset(cfg, out / "world")
-    report.begin(out, cfg, prepare.fingerprints(cfg, data, base))
-    stats = "\n".join([statistics_table(statistics(data.stages)), "", *data.notes])
-    print(stats, end="\n\n")
-    disk.write_file(out / "stats.md", stats + "\n")
-    return data, stats
+    def folder(self, name: str) -> Path:
+        """The run folder is the main method's; one that it is compared with has a folder inside."""
+        return self.out if name in (self.cfg.method, FIRST) else self.out / name
 
+    def finish(self, name: str) -> None:
+        """Writes the method's results.json and ranks.json."""
+        log = self.log(name)
+        with parallel.first_goes_ahead():  # the others' tables read what it wrote
+            report.write(self.folder(name), self.cfg.of(name), self.stages, self.known, self.ranks[name], log.text,
+                         self.seconds | {name: log.seconds})
 
-def two_towers(cfg: Config) -> tuple[prepare.Dataset, dict[str, dict[str, Tensor]], Clock]:
-    """A run of two-tower methods alone: they share the data with the LLM, and need no base."""
-    with parallel.first_goes_ahead():
-        data = load(cfg, base=False)[0]
-    clock, ranks = Clock(), {}
-    towers = TwoTowers(data.stages, data.known, len(data.keys), cfg)
-    for name in cfg.methods:
-        ranks[name] = towers.learn(name)
-        clock(name)
-    return data, ranks, clock
+    def finished_before(self) -> bool:
+        """Whether, with --resume, nothing is left to compute; --explain needs the model again."""
+        if not self.goes_on or self.cfg.explain:
+            return False
+        identity.agree(self.out, self.cfg)
+        return all((self.folder(name) / "results.json").is_file() for name in self.cfg.methods)
 
-
-def set_up(cfg: Config, tick: Callable[[int], None] | None = None) -> Run:
-    """Data, semantic IDs, prompts, and the base model with a new adapter."""
-    out, clock = Path(cfg.out), Clock()
-    with parallel.first_goes_ahead():
-        prepare.open_gate(cfg)
-        data, stats = load(cfg)
-        clock("data")
-
-        # semantic IDs: text -> vector -> RQ-VAE -> L codes an item
-        model, tokenizer = prepare.load_model(cfg), prepare.load_tokenizer(cfg)
-        if tokenizer and model.device.type == "cpu":
-            print(f"note: without a GPU {cfg.base} is slow; --base tiny is made for a CPU\n")
-        journal = Journal(out / "metrics.jsonl", "")
-        ids = semantic_ids(cfg, data, model, tokenizer, journal, tick is None)
-    template = prepare.make_template(cfg, ids, tokenizer)
-    if report.goes_on(out, cfg) and (out / "tokens.json").is_file():
-        prepare.agree_on_tokens(out / "tokens.json", ids, template)
-    disk.write_file(out / "tokens.json", json.dumps(prepare.vocabulary(ids, template)))
-    print(ids.table(), end="\n\n")
-    disk.write_file(out / "semantic_ids.json", ids.json())
-    report.remember(out, "ids", content_hash(out / "semantic_ids.json"))
-    disk.write_file(out / "stats.md", f"{stats}\n\n{ids.table()}\n")
-    clock("semantic IDs", journal.earlier)
-
-    # the base: pretrained, or learnt here on D0; then LoRA around every projection
-    towers = TwoTowers(data.stages, data.known, len(data.keys), cfg)
-    run = Run(cfg, out, clock, data, ids, template, model, towers, tick)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    model.grow(ids.codes.shape[1] * ids.n_codes, generator, cfg.init)
-    if prepare.from_scratch(cfg):
-        learn_base(run)
-    inject(model, cfg.rank, cfg.alpha, cfg.dropout, generator=generator)
-    if cfg.compile:
-        model.model.compile(dynamic=True)
-    lora, total = (sum(p.numel() for p in ps) for ps in (adapter_parameters(model), model.parameters()))
-    print(f"{total:,} parameters, {lora:,} of them in the adapter\n")
-    clock("base")
-    return run
-
-
-def tidy(out: Path, cfg: Config) -> None:
-    """Removes the unfinished files of a start that was killed."""
-    for folder in (out, *(report.folder_of(out, cfg, name) for name in cfg.methods)):
-        for place in (folder, *(folder / "adapters").glob("*")):
-            disk.sweep(place)
-
-
-def semantic_ids(cfg: Config, data: prepare.Dataset, model: Llama, tokenizer: Tokenizer | None, journal: Journal,
-                 show: bool) -> SemanticIDs:
-    """The items' IDs, fixed for all stages: those that came with the data, those that an earlier start committed, or an
-    RQ-VAE on the items' vectors, which goes on where it was interrupted. A Llama's vectors are kept until then."""
-    if data.ids_file:
-        return prepare.given_ids(cfg, data)
-    vectors, ids = (Keeper(Path(cfg.out) / "checkpoints", phase, report.digest(cfg), journal)
-                    for phase in ("item-vectors", "semantic-ids"))
-    done = ids.finished()
-    if done:
-        disk.remove(vectors.folder / vectors.phase)
-        return SemanticIDs(done[0]["codes"], cfg.codes, done[1]["collisions_before"])
-    kept = vectors.finished()
-    x = kept[0]["vectors"] if kept else prepare.item_vectors(
-        cfg, data, model, tokenizer, counter("titles", len(data.texts), "item") if show else lambda n: None)
-    if not (kept or cfg.text_width):
-        vectors.finish({"vectors": x}, {})
-
-    def epochs(at: Progress, all_epochs: range) -> Iterator[int]:
-        left = ids.steps(ids.begin(at), all_epochs)
-        return tqdm(left, "RQ-VAE", len(all_epochs), False, initial=at.done, unit="epoch", disable=not show)
-    found = prepare.fit_ids(cfg, x, steps=epochs)
-    ids.finish({"codes": found.codes}, {"collisions_before": found.collisions_before})
-    disk.remove(vectors.folder / vectors.phase)
-    return found
-
-
-def learn_base(run: Run) -> None:
-    """The base on D_0. Its checkpoint holds {parameter name: tensor}."""
-    journal = run.journal("base")
-    keeper = run.keeper("base", journal)
-    done, own = keeper.finished(), dict(run.model.named_parameters())
-    if done:
-        for name, p in own.items():
-            p.data.copy_(done[0][name])
-    else:
-        continual.learn_base(run.model, run.data.stages[0], run.template, run.cfg, journal, keeper)
-        keeper.finish(own, {})
-    run.clock("base", journal.earlier)
-
-
-def learn_first(run: Run) -> First:
-    """D_1 by a new adapter, once for all methods."""
-    base, journal = snapshot(run.model, run.tables(2)), run.journal("LoRA")
-    keeper = run.keeper("first", journal)
-    done = keeper.finished()
-    if done:
-        first = First(base, unpacked(*done, LoRALinear), go_on(run, *done, LoRALinear)["1"])
-    else:
-        continual.learn_first(run.model, run.data.stages[:1], run.template, run.cfg, journal, keeper)
-        run.save_adapter(run.out, 1)
-        first = First(base, snapshot(run.model, run.tables(2)), rank_users(run, 1))
-        finish(keeper, first.model, {"1": first.ranks})
-    run.clock("D1", journal.earlier)
-    return first
-
-
-def learn_later(run: Run, name: str, first: First, folder: Path | None = None,
-                everyone: bool = False) -> dict[str, Tensor]:
-    """Method `name` from the model of D_1 through D_2 .. D_T: learn the stage, save the adapter (into
-    `folder`), rank every test user's next item. -> {stage: ranks (users,)}; with `everyone`, the inactive
-    users' ranks follow those of the stage's users."""
-    cfg, method, journal, stages = run.cfg, continual.method_named(name), run.journal(name), run.data.stages
-    if method.system == "two-tower":
-        return run.towers.learn(name)
-    results = numbered(run.checkpoints, f"{name}-stage-")  # of an earlier start; each has the ranks until then
-    restore(run.model, first.model)
-    evorec, ranks = EvoRec(len(run.data.keys), cfg) if method.system == "evorec" else None, {"1": first.ranks}
-    if results:
-        done = run.keeper(results[-1].name, journal).finished()
-        ranks = go_on(run, *done, LoRALinear, method.adapter)
-    for t in range(len(ranks) + 1, len(stages) + 1):
-        keeper, shown = run.keeper(f"{name}-stage-{t}", journal), stages[t - 1]
-        if evorec:
-            shown = evorec.learn_stage(run.model, stages[:t], run.template, journal, keeper)
-        else:
-            continual.learn_stage(run.model, method, stages[:t], run.template, cfg, first.base, journal, keeper)
-        run.clock(name)
-        if folder:
-            run.save_adapter(folder, t)
-        ranks[str(t)] = rank_users(run, t, shown, inactive(stages[:t]) if everyone else [])
-        finish(keeper, snapshot(run.model, run.tables(2)), ranks)
-        for old in numbered(run.checkpoints, f"{name}-stage-")[:-KEPT]:
-            disk.remove(old)
-        run.clock(f"{name}: test")
-    run.clock(name, journal.earlier)
-    return ranks
-
-
-def finish(keeper: Keeper, model: Snapshot, ranks: dict[str, Tensor]) -> None:
-    """Commits the model after a stage, and all ranks until then."""
-    tensors, facts = packed(model)
-    keeper.finish(tensors, facts | {"ranks": {t: r.tolist() for t, r in ranks.items()}})
-
-
-def go_on(run: Run, tensors: dict[str, Tensor], facts: dict, *kinds: type[LoRALinear]) -> dict[str, Tensor]:
-    """The model of a committed stage -> the ranks until then."""
-    restore(run.model, unpacked(tensors, facts, *kinds))
-    ranks = {t: torch.tensor(r, dtype=torch.long) for t, r in facts["ranks"].items()}
-    if run.tick:
-        run.tick(SEARCH * sum(len(r) for t, r in ranks.items() if len(ranks) == 1 or t != "1"))
-    return ranks
-
-
-def rank_users(run: Run, t: int, shown: Stage | None = None, besides: Sequence[Example] = ()) -> Tensor:
-    """The rank of every test item of D_t (as `shown`, if its histories were shortened) among what the model now
-    recommends, 0 if it is not there; then those of the questions `besides`."""
-    test = [*examples(shown or run.data.stages[t - 1], "test", run.cfg.window), *besides]
-    ranker = Ranker(run.ids, run.data.known[t - 1], run.template, run.cfg.beams, run.cfg.hit)
-    bar = (lambda n: run.tick(SEARCH * n)) if run.tick else counter(f"test D{t}", len(test), "user")
-    return ranker.ranks(run.model, test, run.cfg.eval_batch, bar)
+    def tables(self) -> None:
+        """Prints the results of all methods side by side."""
+        results, ranks = zip(*(report.load(self.folder(name)) for name in self.cfg.methods))
+        print(report.tables(dict(zip(self.cfg.methods, results)), dict(zip(self.cfg.methods, ranks))))
+        seconds = sum(self.seconds.values()) + sum(log.seconds for log in self.logs.values())
+        print(f"\n{seconds:.0f} s, peak {report.peak_memory() / 2**20:,.0f} MiB; {self.out / 'results.json'}")

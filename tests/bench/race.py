@@ -1,96 +1,127 @@
-"""How benchmarks measure: contenders take turns, in this process or each in one of its own, and ratios are of pairs."""
+"""How every race is measured: contenders take turns, in this process or each in a new one, and ratios are of rounds."""
 from __future__ import annotations
 
-import json
+import importlib
 import os
 import platform
 import re
-import subprocess
-import sys
 import time
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-RAN = "python exited with {code}\n{command}\nits message stands above"
+from minipeso.config import UsageError
 
 
-class Child(NamedTuple):
-    """What one process took, and what it said last: a line of JSON."""
-
+class Took(NamedTuple):
+    """One contender in one round; memory and result are known of a process of its own."""
     seconds: float
-    peak: int  # bytes resident, at most; 0 if it does not say
-    said: dict
+    peak: int = 0  # bytes resident, at most
+    above: int = 0  # of these, above what was resident before
+    made: Any = None
+
+
+def peers(*names: str) -> list:
+    """The modules, which are test extras; UsageError if one is missing."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise UsageError(f"the benchmark's peers are missing\n{error}\npip install -e '.[test]'") from error
 
 
 def machine(*modules) -> str:
-    """The line above every table: cores, Python, versions."""
-    versions = [f"{module.__name__} {module.__version__}" for module in modules]
-    return ", ".join([f"{os.cpu_count()} cores; Python {platform.python_version()}", *versions])
+    """The line above every table: cores, Python, threads, versions."""
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, *modules))
+    return f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}"
 
 
-def refuse(verb: str, found: object) -> NoReturn:
-    raise FloatingPointError(f"the contenders do not {verb} the same\n{found}\ntimings of different work mean nothing")
+def refuse(verb: str, difference: object) -> NoReturn:
+    raise FloatingPointError(f"the contenders do not {verb} the same\n{difference}\n"
+                             "timings of different work mean nothing")
 
 
-def compare(runs: dict[str, Callable], rounds: int, wait: Callable[[], None] = lambda: None) -> dict[str, list[float]]:
-    """Seconds of every contender in every round: they take turns, in alternating order, once to warm up."""
-    seconds = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name in list(runs)[::-1 if turn % 2 else 1]:
-            wait()
-            began = time.perf_counter()
-            runs[name]()
-            wait()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: times[1:] for name, times in seconds.items()}
+def same(verb: str, took: dict[str, list[Took]]) -> object:
+    """What all contenders made in every round; FloatingPointError if one made something else."""
+    made = {name: {one.made for one in rounds} for name, rounds in took.items()}
+    if len(set().union(*made.values())) != 1:
+        refuse(verb, made)
+    return made.popitem()[1].pop()
 
 
-def child(module: str, *arguments: str) -> Child:
-    """`python -m module arguments` to its end; RuntimeError if that is not a good one. Its last line of
-    output is JSON; "seconds" and "peak" there are its own account of the work alone."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+def trainable(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def same_training(contenders: list[tuple[nn.Module, Callable]], data: list) -> list[float]:
+    """The largest relative differences of losses and gradients; FloatingPointError if beyond rounding. A contender is
+    (model, its loss on an element of data); all list what they train in the same order."""
+    sides = []
+    for model, loss_of in contenders:
+        losses = [loss_of(some) for some in data]
+        grads = [g.flatten() for loss in losses for g in torch.autograd.grad(loss, trainable(model))]
+        sides.append((torch.stack(losses).detach(), torch.cat(grads)))
+    apart = [torch.stack([(x - first).norm() / first.norm() for x in others]).max().item()
+             for first, *others in zip(*sides)]
+    if not (apart[0] <= 1e-5 and apart[1] <= 1e-4):
+        refuse("train", "loss differs by {:.1e}, gradient by {:.1e}".format(*apart))
+    return apart
+
+
+def here(run: Callable) -> Took:
+    """In this process; a GPU is waited for."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
     began = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RuntimeError(RAN.format(code=done.returncode, command=" ".join(command)))
-    said = json.loads(done.stdout.splitlines()[-1])
-    return Child(said.get("seconds", time.perf_counter() - began), said.get("peak", 0), said)
-
-
-def compare_children(module: str, contenders: dict[str, tuple], rounds: int) -> dict[str, list[Child]]:
-    """Every contender (its arguments) in every round, each in a new process, in alternating order."""
-    found = {name: [] for name in contenders}
-    for turn in range(rounds):
-        for name in list(contenders)[::-1 if turn % 2 else 1]:
-            found[name].append(child(module, *contenders[name]))
-    return found
-
-
-def peak() -> int:
-    """The most bytes that this process has had resident (Linux; getrusage would count its parent's too)."""
-    return _resident("VmHWM")
-
-
-def peak_of(run: Callable) -> int:
-    """The bytes that run() needs above what is resident before it (Linux: the high-water mark is reset)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
     run()
-    return _resident("VmHWM") - before
+    wait()
+    return Took(time.perf_counter() - began)
+
+
+def child(job: tuple) -> Took:
+    """In a new process, of a job (prepare, *arguments) with prepare(*arguments) -> (run, digest): the time and memory
+    of run(), and digest(what it returned)."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(measured, *job).result()
+
+
+def measured(prepare: Callable, *arguments) -> Took:
+    (run, digest), made = prepare(*arguments), []
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back (Linux)
+    before = _resident("VmRSS")
+    seconds = here(lambda: made.append(run())).seconds
+    peak = _resident("VmHWM")  # getrusage would count the parent's too
+    return Took(seconds, peak, peak - before, digest(*made))
 
 
 def _resident(mark: str) -> int:
     return int(re.search(rf"{mark}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def lines(seconds: dict[str, list[float]], count: float, unit: str) -> list[str]:
-    """A line for every contender: median time, rate, and the ratio to the first one in each round."""
-    first, shown = next(iter(seconds.values())), []
-    for name, times in seconds.items():
-        ratio = [theirs / ours for theirs, ours in zip(times, first)]
-        shown.append(f"{name:29}{np.median(times) * 1e3:10.1f} ms {count / np.median(times):10,.1f} {unit}/s   "
-                     f"{np.median(ratio):6.2f} x ours [{min(ratio):.2f}, {max(ratio):.2f}]")
-    return shown
+def compare(runs: dict[str, Any], rounds: int, measure: Callable[[Any], Took] = here) -> dict[str, list[Took]]:
+    """Every contender in every round, in alternating order; in this process one round more, to warm up."""
+    warm = measure is here
+    took = {name: [] for name in runs}
+    for turn in range(rounds + warm):
+        for name in list(runs)[::-1 if turn % 2 else 1]:
+            took[name].append(measure(runs[name]))
+    return {name: some[warm:] for name, some in took.items()}
+
+
+def table(took: dict[str, list[Took]], count: float, unit: str,
+          note: Callable[[list[Took]], str] = lambda rounds: "") -> str:
+    """A line per contender: median time, rate, the ratio to the first one in each round, and a note."""
+    leader, lines = next(iter(took)), []
+    for name, rounds in took.items():
+        seconds = np.median([one.seconds for one in rounds])
+        ratio = [one.seconds / its.seconds for one, its in zip(rounds, took[leader])]
+        lines.append(f"{name:29}{seconds * 1e3:12,.3f} ms {count / seconds:12,.1f} {unit}/s   "
+                     f"{np.median(ratio):6.2f} x {leader} [{min(ratio):.2f}, {max(ratio):.2f}]{note(rounds)}")
+    return "\n".join(lines)

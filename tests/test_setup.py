@@ -1,6 +1,4 @@
 """From files to stages, texts, IDs and model: nothing is mixed up on the way."""
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -9,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from minipeso.runs import prepare
+from minipeso.runs import setup
 from minipeso.config import UsageError
+from minipeso.semantic_ids import SemanticIDs
 from minipeso.stages import Stage
 from minipeso.tokens import QUESTIONS
 from tests.micro import blocks, checkpoint, micro, shared_ids
@@ -45,7 +44,7 @@ def reviews(folder: Path, rows: list[tuple[str, str, int]]) -> Path:
 def test_every_number_still_means_its_key_and_its_text(settings, tmp_path):
     """After dropping and renumbering items: in every stage each user's sequence, translated back to raw keys, is a
     stretch of the raw file in time order, and the text of each item is the one of its key."""
-    data = prepare.load_dataset(micro(tmp_path, **settings), tmp_path / "world")
+    data = setup.load_dataset(micro(tmp_path, **settings), tmp_path / "world")
     events, titles = raw(data.source)
     assert len(data.keys) == len(data.texts) == len(set(data.keys))
     assert all(text.startswith(titles[key] + " | ") for key, text in zip(data.keys, data.texts, strict=True))
@@ -65,17 +64,18 @@ def test_every_number_still_means_its_key_and_its_text(settings, tmp_path):
     assert checked > 100
 
 
-def test_a_shape_that_does_not_divide_is_refused(tmp_path):
+@pytest.mark.parametrize("shape", [
+    (), (16, 1, 0, 2, 16), (16, 1, 3, 1, 16), (16, 1, 4, 0, 16), (16, 1, 4, 3, 16), (16, 1, 4, 2)], ids=str)
+def test_a_shape_that_does_not_divide_is_refused(shape, tmp_path):
     """Heads must divide the width, and key/value heads the heads: otherwise a message in three lines."""
-    for shape in (dict(heads=0), dict(heads=3), dict(kv_heads=0), dict(kv_heads=3)):
-        with pytest.raises(UsageError) as error:
-            prepare.llama_config(micro(tmp_path, **{"hidden": 16, "heads": 4, "kv_heads": 2} | shape))
-        assert len(str(error.value).splitlines()) == 3, f"{shape}: {error.value}"
+    with pytest.raises(UsageError) as error:
+        setup.llama_config(micro(tmp_path, shape=shape))
+    assert len(str(error.value).splitlines()) == 3, str(error.value)
 
 
 def test_items_that_no_stage_kept_are_dropped(tmp_path):
     """The numbers are 0 .. n - 1 without a gap, and every item occurs in some stage."""
-    data = prepare.load_dataset(micro(tmp_path, min_events=8), tmp_path / "world")
+    data = setup.load_dataset(micro(tmp_path, min_events=8), tmp_path / "world")
     assert set().union(*(stage.items for stage in data.stages)) == set(range(len(data.keys)))
     assert len(data.keys) < 60, "nothing was dropped: the test proves nothing"
 
@@ -83,13 +83,13 @@ def test_items_that_no_stage_kept_are_dropped(tmp_path):
 def test_known_items_by_hand():
     """Stage t knows the items of D_1 .. D_t, sorted; a history adds none."""
     stages = [Stage(1, {1: []}, {1: [5, 2]}), Stage(2, {2: [9]}, {2: [2, 0]}), Stage(3, {}, {})]
-    assert prepare.known_items(stages) == [[2, 5], [0, 2, 5], [0, 2, 5]]
+    assert setup.known_items(stages) == [[2, 5], [0, 2, 5], [0, 2, 5]]
 
 
 def test_a_subset_of_the_users_keeps_the_whole_catalogue(tmp_path):
     """--users makes the stages smaller, not the problem easier: what can be recommended, its numbers and its
     texts stay those of the full data."""
-    full, part = (prepare.load_dataset(micro(tmp_path, users=n), tmp_path / "world") for n in (0, 20))
+    full, part = (setup.load_dataset(micro(tmp_path, users=n), tmp_path / "world") for n in (0, 20))
     assert part.known == full.known and part.texts == full.texts and part.keys == full.keys
     assert len({u for s in part.stages for u in s.users}) == 20
     for small, large in zip(part.stages, full.stages):
@@ -98,7 +98,7 @@ def test_a_subset_of_the_users_keeps_the_whole_catalogue(tmp_path):
 
 def test_the_known_items_of_the_user_disjoint_split_are_its_own(tmp_path):
     """Other users in a stage: other items enter with it, and every target is known."""
-    natural, mixed = (prepare.load_dataset(micro(tmp_path, split=split), tmp_path / "world")
+    natural, mixed = (setup.load_dataset(micro(tmp_path, split=split), tmp_path / "world")
                       for split in ("natural", "user-disjoint"))
     assert mixed.known != natural.known and mixed.known[-1] == natural.known[-1]
     for stage, known in zip(mixed.stages, mixed.known):
@@ -114,7 +114,7 @@ def test_years_are_inclusive_to_the_millisecond(tmp_path):
 
     def read(years):
         cfg = micro(tmp_path, dataset=str(folder), years=years, stages=2, min_events=3)
-        return prepare.load_dataset(cfg, tmp_path).notes[0]
+        return setup.load_dataset(cfg, tmp_path).notes[0]
     assert read("2020") == read("2020-2020") == "22 interactions read"
     assert read("2020-2021") == "24 interactions read" and read("") == "25 interactions read"
 
@@ -122,7 +122,7 @@ def test_years_are_inclusive_to_the_millisecond(tmp_path):
 @pytest.mark.parametrize("years", ["2020-", "-2020", "20-x", "2020-2021-2022", "x"])
 def test_years_that_are_none(years, tmp_path):
     """A span that cannot be read is refused with an example of one that can ("2020-" means 2020)."""
-    read = lambda: prepare.load_dataset(micro(tmp_path, years=years), tmp_path / "world")  # noqa: E731
+    read = lambda: setup.load_dataset(micro(tmp_path, years=years), tmp_path / "world")  # noqa: E731
     if years == "2020-":
         assert read().stages
     else:
@@ -132,11 +132,11 @@ def test_years_that_are_none(years, tmp_path):
 
 def test_raw_finds_the_sources_own_line(tmp_path):
     """The line of the file that holds this user and this item; for the release, which has none, their numbers."""
-    data = prepare.load_dataset(micro(tmp_path), tmp_path / "world")
+    data = setup.load_dataset(micro(tmp_path), tmp_path / "world")
     user, items = next(iter(data.stages[-1].current.items()))
     row = json.loads(data.raw(user, items[-1]))
     assert (row["user_id"], row["parent_asin"]) == (data.users[user], data.keys[items[-1]])
-    release = prepare.load_dataset(micro(tmp_path, dataset=str(shared_ids(tmp_path / "blocks"))), tmp_path)
+    release = setup.load_dataset(micro(tmp_path, dataset=str(shared_ids(tmp_path / "blocks"))), tmp_path)
     assert release.raw(3, 4) == "blocks: user 3, item 4"
 
 
@@ -149,9 +149,8 @@ def test_the_release_brings_its_own_ids(tmp_path):
     """Blocks and index file give stages and codes as they stand there; --levels does not matter."""
     codes = [[i, 2 * i, 3] for i in range(6)]
     cfg = micro(tmp_path, dataset=str(blocks(tmp_path / "data", STAGES, codes)), levels=2, codes=16)
-    data = prepare.load_dataset(cfg, tmp_path / "world")
-    ids = prepare.given_ids(cfg, data)
-    assert ids.codes.tolist() == codes and ids.n_codes == 16 and data.texts is None
+    data = setup.load_dataset(cfg, tmp_path / "world")
+    assert data.ids.codes.tolist() == codes and data.ids.n_codes == 16 and data.texts is None
     assert data.stages[1].current == {1: [4, 1, 0, 2]} and data.stages[1].history == {1: [0, 1, 2, 3]}
     assert data.known == [[0, 1, 2, 3], [0, 1, 2, 3, 4]] and not (tmp_path / "world").exists()
 
@@ -159,9 +158,8 @@ def test_the_release_brings_its_own_ids(tmp_path):
 def test_an_item_without_an_id_is_refused(tmp_path):
     """The stages name item 4, the index ends at 3: both are in the message."""
     cfg = micro(tmp_path, dataset=str(blocks(tmp_path / "data", STAGES, [[i, i] for i in range(4)])))
-    data = prepare.load_dataset(cfg, tmp_path)
     with pytest.raises(UsageError, match=r"has 4 items, the stages name item 4"):
-        prepare.given_ids(cfg, data)
+        setup.load_dataset(cfg, tmp_path)
 
 
 def test_a_history_may_name_items_that_no_stage_has(tmp_path):
@@ -170,10 +168,8 @@ def test_a_history_may_name_items_that_no_stage_has(tmp_path):
     late = {"1": {"previous_block": ["7", "0"], "current_block": ["1", "2", "3"]}}
     (folder / "C.all.block_1.json").write_text(json.dumps(late))
     cfg = micro(tmp_path, dataset=str(folder))
-    data = prepare.load_dataset(cfg, tmp_path)
-    assert len(data.keys) == 8
-    with pytest.raises(UsageError, match="item 7"):
-        prepare.given_ids(cfg, data)
+    with pytest.raises(UsageError, match="has 5 items, the stages name item 7"):
+        setup.load_dataset(cfg, tmp_path)
 
 
 @pytest.mark.parametrize("missing, left", [(0, "D2, D3"), (1, "D1, D3")])
@@ -182,48 +178,47 @@ def test_every_block_is_needed(missing, left, tmp_path):
     folder = blocks(tmp_path / "data", [*STAGES, {2: [0, 1, 4]}], [[i, i] for i in range(5)])
     (folder / f"C.all.block_{missing}.json").unlink()
     with pytest.raises(UsageError, match=f"holds {left}\n"):
-        prepare.load_dataset(micro(tmp_path, dataset=str(folder)), tmp_path)
+        setup.load_dataset(micro(tmp_path, dataset=str(folder)), tmp_path)
     (folder / "C.all.block_2.json").unlink()
     with pytest.raises(UsageError, match="holds D[12]\n"):
-        prepare.load_dataset(micro(tmp_path, dataset=str(folder)), tmp_path)
+        setup.load_dataset(micro(tmp_path, dataset=str(folder)), tmp_path)
 
 
 # -- model and words --------------------------------------------------------------------------------
 
 def test_a_base_from_scratch_has_the_shape_asked_for(tmp_path):
     """tiny and small are Llamas of the given sizes that know one word; the seed decides their weights."""
-    cfg = micro(tmp_path, hidden=24, layers=2, heads=4, kv_heads=2, intermediate=20)
-    model = prepare.load_model(cfg)
+    cfg = micro(tmp_path, shape=(24, 2, 4, 2, 20))
+    model = setup.load_model(cfg)
     assert model.model.embed_tokens.weight.shape == (1, 24) and len(model.model.layers) == 2
     assert model.model.layers[0].self_attn.k_proj.weight.shape == (12, 24)
     assert model.model.layers[0].mlp.down_proj.weight.shape == (24, 20) and model.lm_head is model.model.embed_tokens
-    again, other = (prepare.load_model(micro(tmp_path, hidden=24, layers=2, heads=4, seed=s)) for s in (0, 1))
+    again, other = (setup.load_model(micro(tmp_path, shape=(24, 2, 4, 1, 16), seed=s)) for s in (0, 1))
     weight = [m.model.layers[0].self_attn.q_proj.weight for m in (model, again, other)]
     assert weight[0].equal(weight[1]) and not weight[0].equal(weight[2])
-    assert prepare.load_tokenizer(cfg) is None and prepare.from_scratch(cfg)
+    assert setup.load_tokenizer(cfg) is None and setup.from_scratch(cfg)
 
 
 def test_the_devices_dtype(tmp_path):
     """--dtype auto is float32 on a CPU; bfloat16 where it is asked for."""
-    assert prepare.load_model(micro(tmp_path, device="cpu")).model.norm.weight.dtype == torch.float32
-    assert prepare.load_model(micro(tmp_path, device="cpu", dtype="bfloat16")).model.norm.weight.dtype == torch.bfloat16
+    assert setup.load_model(micro(tmp_path, device="cpu")).model.norm.weight.dtype == torch.float32
+    assert setup.load_model(micro(tmp_path, device="cpu", dtype="bfloat16")).model.norm.weight.dtype == torch.bfloat16
 
 
 def test_prompt_and_base_must_fit(tmp_path):
     """The short prompt needs no words and the sentences do: either mismatch is refused, each match works."""
     scratch, words = micro(tmp_path), micro(tmp_path, base=str(checkpoint(tmp_path / "llama")), prompt="release")
-    data = prepare.load_dataset(scratch, tmp_path / "world")
-    vectors = prepare.item_vectors(scratch, data, None, None)
-    ids, tokenizer = prepare.fit_ids(scratch, vectors), prepare.load_tokenizer(words)
-    assert prepare.make_template(scratch, ids, None).first_token == 1
-    template = prepare.make_template(words, ids, tokenizer)
+    data = setup.load_dataset(scratch, tmp_path / "world")
+    ids, tokenizer = SemanticIDs(torch.zeros(len(data.keys), 2, dtype=torch.long), 8), setup.load_tokenizer(words)
+    assert setup.make_template(scratch, ids, None).first_token == 1
+    template = setup.make_template(words, ids, tokenizer)
     assert template.first_token == 256 and "chronological" in QUESTIONS["release"]
     assert tokenizer.token_to_id("chronological") in template.tail
-    for prompt in ("paper", "release"):
-        with pytest.raises(UsageError, match="--prompt short"):
-            prepare.make_template(micro(tmp_path, prompt=prompt), ids, None)
-    with pytest.raises(UsageError, match="--prompt paper or release"):
-        prepare.make_template(micro(tmp_path, base="DIR", prompt="short"), ids, tokenizer)
+    paper = setup.make_template(micro(tmp_path, base=words.base, prompt="paper"), ids, tokenizer)
+    assert [template.end, paper.end] == [(2,), ()]
+    for prompt, base, words in (("paper", "tiny", None), ("release", "tiny", None), ("short", "DIR", tokenizer)):
+        with pytest.raises(UsageError, match="do not fit\nshort is for a base without words"):
+            setup.make_template(micro(tmp_path, prompt=prompt, base=base), ids, words)
 
 
 def test_a_vocabulary_that_does_not_match_is_refused(tmp_path):
@@ -231,46 +226,48 @@ def test_a_vocabulary_that_does_not_match_is_refused(tmp_path):
     folder = checkpoint(tmp_path / "llama", words=240)
     cfg = micro(tmp_path, base=str(folder), prompt="paper")
     with pytest.raises(UsageError, match="has 256 tokens, config.json 240"):
-        prepare.load_tokenizer(cfg)
+        setup.load_tokenizer(cfg)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UsageError, match="no tokenizer"):
-        prepare.load_tokenizer(cfg)
+        setup.load_tokenizer(cfg)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
-        prepare.load_tokenizer(cfg)
+    with pytest.raises(UsageError, match="tokenizer.json is no tokenizer"):
+        setup.load_tokenizer(cfg)
 
 
 def test_item_vectors_come_from_the_model_that_has_words(tmp_path):
     """With a checkpoint the RQ-VAE sees the mean of Llama's hidden states over the title's tokens (computed here
     one title at a time); --text-width or a base without words means title vectors of that width."""
     cfg = micro(tmp_path, base=str(checkpoint(tmp_path / "llama")), prompt="paper", text_width=0)
-    data, model, tokenizer = (prepare.load_dataset(cfg, tmp_path / "world"), prepare.load_model(cfg),
-                              prepare.load_tokenizer(cfg))
+    data, model, tokenizer = (setup.load_dataset(cfg, tmp_path / "world"), setup.load_model(cfg),
+                              setup.load_tokenizer(cfg))
     told = []
-    seen = [prepare.item_vectors(cfg, data, model, tokenizer, told.append)]
+    seen = [setup.item_vectors(cfg, data, model, tokenizer, told.append)]
     with torch.no_grad():
         wanted = np.stack([model.model(torch.tensor([tokenizer.encode(t).ids]))[0].mean(0).numpy() for t in data.texts])
     assert np.allclose(np.asarray(seen[0]), wanted, atol=1e-5), f"off by {np.abs(np.asarray(seen[0]) - wanted).max()}"
     assert sum(told) == len(data.texts) and seen[0].dtype == torch.float32
-    seen.append(prepare.item_vectors(micro(tmp_path, base=cfg.base, prompt="paper", text_width=7), data, model, tokenizer))
-    seen.append(prepare.item_vectors(micro(tmp_path, text_width=9), data, None, None))
+    paper = micro(tmp_path, base=cfg.base, prompt="paper", text_width=7)
+    seen.append(setup.item_vectors(paper, data, model, tokenizer))
+    seen.append(setup.item_vectors(micro(tmp_path, text_width=9), data, None, None))
     assert [v.shape[1] for v in seen[1:]] == [7, 9]
     with pytest.raises(UsageError, match="--text-width"):
-        prepare.item_vectors(micro(tmp_path, text_width=0), data, None, None)
+        setup.item_vectors(micro(tmp_path, text_width=0), data, None, None)
 
 
-# -- what the notes tell of the rows ----------------------------------------------------------------
+# -- what the notes tell of the lines ---------------------------------------------------------------
 
 def notes(folder: Path, rows: list[dict], metas: list[str]) -> list[str]:
     (folder / "data").mkdir(exist_ok=True)
     (folder / "data" / "C.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "data" / "meta_C.jsonl").write_text("".join(meta + "\n" for meta in metas))
-    return prepare.load_dataset(micro(folder, dataset=str(folder / "data"), stages=2), folder).notes
+    return setup.load_dataset(micro(folder, dataset=str(folder / "data"), stages=2), folder).notes
 
 
 def test_bad_metadata_rows_are_counted(tmp_path):
     """As those of the reviews are: by reason, in what stats.md says."""
-    rows = [{"user_id": f"u{u}", "parent_asin": f"i{k}", "timestamp": 10**12 + 10**6 * k + u} for u in range(9) for k in range(9)]
+    rows = [{"user_id": f"u{u}", "parent_asin": f"i{k}", "timestamp": 10**12 + 10**6 * k + u}
+            for u in range(9) for k in range(9)]
     good = [json.dumps({"parent_asin": f"i{k}", "title": f"item {k}"}) for k in range(400)]
     clean, bad = notes(tmp_path, rows, good), notes(tmp_path, rows, [*good, "{", '{"title": "no key"}', "{"])
     assert [note for note in bad if note not in clean] == [
@@ -281,7 +278,8 @@ def test_bad_metadata_rows_are_counted(tmp_path):
 def test_a_5core_file_is_noticed(fewest, tmp_path):
     """Where every user and item has five events or more somebody has filtered already: a warning, for PESO filters per
     stage; one user with four, and there is none."""
-    rows = [{"user_id": f"u{u}", "parent_asin": f"i{k}", "timestamp": 10**12 + 10**6 * k + u} for u in range(9) for k in range(9)
+    rows = [{"user_id": f"u{u}", "parent_asin": f"i{k}", "timestamp": 10**12 + 10**6 * k + u}
+            for u in range(9) for k in range(9)
             if u or k < fewest]
     found = notes(tmp_path, rows, [json.dumps({"parent_asin": "i0", "title": "item"})])
     assert any("5core" in note for note in found) == (fewest == 5), found

@@ -1,0 +1,43 @@
+"""What training may change in a model, to go back to it: every method starts from one model of D_1."""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minipeso.llama import Llama
+from minipeso.lora import LoRALinear, adapters, rewrap
+
+
+class Snapshot(NamedTuple):
+    """Adapters with their anchors and histories, the rows of new tokens, perhaps the token tables."""
+    tensors: dict[str, Tensor]
+    tied: bool
+    adapter: type[LoRALinear]
+
+
+def snapshot(model: Llama, tables: bool = False) -> Snapshot:
+    """A copy of adapters with anchors and histories, and of the new tokens' rows; `tables`: of all tokens' rows."""
+    layers = dict(adapters(model))
+    state = {f"{name}.{key}": t for name, layer in layers.items()
+             for key, t in layer.state_dict().items() if key != "weight"}
+    ends = ("embed_tokens.rows", "lm_head.rows") + tables * ("embed_tokens.weight", "lm_head.weight")
+    state |= {name: t for name, t in model.state_dict().items() if name.endswith(ends)}
+    return Snapshot({name: t.detach().clone() for name, t in state.items()}, model.lm_head is model.model.embed_tokens,
+                    type(next(iter(layers.values()))))
+
+
+@torch.no_grad()
+def restore(model: Llama, saved: Snapshot) -> None:
+    """Back to a snapshot, bit for bit: class of adapter, tying and every tensor."""
+    rewrap(model, saved.adapter)
+    if saved.tied:
+        model.lm_head = model.model.embed_tokens
+    else:
+        model.untie()
+    for name, layer in adapters(model):
+        own = {key: saved.tensors[f"{name}.{key}"] for key in layer.state_dict() if key != "weight"}
+        layer.load_state_dict(own | {"weight": layer.weight})
+    state = model.state_dict()
+    for name in saved.tensors.keys() & state.keys():
+        if "embed_tokens" in name or "lm_head" in name:
+            state[name].copy_(saved.tensors[name])
