@@ -2,7 +2,7 @@
 
     W = W_0 + s B A        A (r, d_in)   B (d_out, r)   s = alpha / r
 
-A method of the cumulative family is a subclass (cumulative.py) with its own `factors`, what the
+A method of the cumulative family is a subclass (rivals/cumulative.py) with its own `factors`, what the
 adapter adds to W_0, `advance`, what happens when a stage begins, and `trained`, what may move in it.
 """
 import math

@@ -70,11 +70,11 @@ class EvoRec:
         """D_t with every user's history less its least relevant items. The filter first learns what it has not
         seen yet of D_1 .. D_t, stage by stage, training items only."""
         for stage in stages[self.seen:]:
-            carts = [stage.history[u] + taken[:-2] for u, taken in stage.current.items()]
+            carts = [stage.history[u] + stage.training(u) for u in stage.current]
             fit(self.filter, carts, self.s.filter_epochs, self.cfg.seed * 1009 + stage.number)
         self.seen, stage = len(stages), stages[-1]
         users = [u for u, past in stage.history.items() if past]
-        scores = relevance(self.filter, [stage.history[u] + stage.current[u][:-2] for u in users])
+        scores = relevance(self.filter, [stage.history[u] + stage.training(u) for u in users])
         shorter = {u: kept(stage.history[u], score.tolist(), self.s.evo_forget, self.s.evo_newest)
                    for u, score in zip(users, scores, strict=True)}
         return Stage(stage.number, stage.history | shorter, stage.current)
@@ -92,14 +92,14 @@ def locate(model: Llama, stage: Stage, template: Template, cfg: Config, share: f
     """The max(1, floor(share L)) layers that are most often the one with the lowest cosine similarity between a user's
     pooled hidden states before and after D_t's training items; ties go to the lower layer. [] if no user has both a
     past and training items: then nothing is updated (ours). Original: 9 of 28 layers, pooled over padding too."""
-    users = [u for u, past in stage.history.items() if past and len(stage.current[u]) > 2]
+    users = [u for u, past in stage.history.items() if past and stage.training(u)]
     if not users:
         return []
     similar = []
     for start in range(0, len(users), cfg.eval_batch):
         some = users[start:start + cfg.eval_batch]
         before = pooled(model, [template.prompt(stage.history[u][-cfg.window:]) for u in some])  # (layers, n, d)
-        after = pooled(model, [template.prompt((stage.history[u] + stage.current[u][:-2])[-cfg.window:]) for u in some])
+        after = pooled(model, [template.prompt((stage.history[u] + stage.training(u))[-cfg.window:]) for u in some])
         similar.append(F.cosine_similarity(before, after, dim=-1))  # (layers, users)
     count = torch.bincount(torch.cat(similar, 1).argmin(0), minlength=len(model.model.layers))  # (layers,)
     n = max(1, math.floor(share * len(count)))

@@ -40,7 +40,7 @@ class TwoTowers:
         E, lesson, draw, ranks = first["E"], self.lesson(1), torch.Generator(), {}
         draw.set_state(first["generator"])
         for t, stage in enumerate(self.stages, start=1):
-            if t > 1 and method != "lightgcn-pretrain" and any(len(taken) > 2 for taken in stage.current.values()):
+            if t > 1 and method != "lightgcn-pretrain" and any(map(stage.training, stage.current)):
                 lesson = self.lesson(t)
                 E = fit(E, lesson, self.s, draw, self.regulariser(method, E, lesson, t, draw))
             H = propagate(E, lesson.links.A, self.s.tower_layers)  # (U + I, d)
@@ -58,7 +58,7 @@ class TwoTowers:
 
     def training_pairs(self, stages: Sequence[Stage]) -> Tensor:
         """(2, m): every (user, item) of these stages but the validation and test items."""
-        return pairs((self.node[u], taken[:-2]) for stage in stages for u, taken in stage.current.items())
+        return pairs((self.node[u], stage.training(u)) for stage in stages for u in stage.current)
 
     def ask(self, stage: Stage, last: int) -> Questions:
         """The item `last` places from the end of each user's stage (1: test, 2: validation), and all before it."""
