@@ -1,6 +1,6 @@
 """PESO from raw reviews to the results table, in the order of the paper.
 
-    python train.py                                         a drifting toy world: offline, CPU, two minutes
+    python train.py                                         a drifting toy world: offline, CPU, a minute and a half
     python train.py --dataset DIR --users 2000              your reviews (the Hub's schema), or the authors' blocks
     python train.py --dataset instruments --lambda 2.0      the paper: Llama-3.2-1B on one GPU
     python train.py --compare single,peso@lambda=200        several settings from one D1 model, side by side
@@ -29,12 +29,14 @@ from minipeso.snapshot import snapshot
 def main(cfg: Config) -> None:
     methods = {name: method_named(name) for name in cfg.methods}
     later = {name: method.settings(cfg.of(name)) for name, method in methods.items()}  # what is wrong fails now
+    if "oracle" in methods and cfg.dataset != "demo":
+        raise config.UsageError(f"the oracle knows the demo's world alone\nfound --dataset {cfg.dataset}\nleave it out")
     print(config.changed(cfg), end="\n\n")
     if cfg.dry_run:
         return dry_run(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    language = not all(method.towers for method in methods.values())  # two-tower baselines need no language model
+    language = any(method.language for method in methods.values())  # two-tower models and counts need none
     with parallel.joined(device_of(cfg)), begun(cfg) as run:  # --resume: what is finished is in its folder
         if not run.finished_before():
 
@@ -59,7 +61,7 @@ def main(cfg: Config) -> None:
 def make_base(run: Run, cfg: Config) -> None:
     """Items as tokens, and a frozen base with an adapter around every projection."""
     # an item's text -> a vector -> RQ-VAE -> four codes; a user's history -> a prompt of codes; the base is pretrained,
-    # or trained here on D0, the pairs of a share of D1's users
+    # or trained here on D1's training pairs
     run.load_base()
     inject(run.model, cfg.rank, cfg.alpha, cfg.dropout, generator=run.generator)  # Eq. 3
     run.base_state = snapshot(run.model, run.whole_tables(2))

@@ -1,8 +1,7 @@
 """Beam search over the trie: the ten best items of every user, with their log-probabilities.
 
 Release: transformers' generate(), one user at a time, with the prompt computed once per beam.
-Here: a batch of users; the preamble is computed once for all of them, the rest of a prompt once per user.
-"""
+Here: a batch of users; the preamble is computed once for all of them, the rest of a prompt once per user."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,16 +13,14 @@ from minipeso.trie import Trie
 @torch.no_grad()
 def beam_search(model: Llama, prompts: list[Tensor], trie: Trie, first_token: int, beams: int = 10,
                 preamble: int = 0) -> tuple[Tensor, Tensor]:
-    """codes (n, beams, L) and scores (n, beams), best first, for prompts of any lengths >= 1, of which the first
-    `preamble` tokens are the same.
+    """codes (n, beams, L) and scores (n, beams), best first, of prompts (l,) that share their first `preamble` tokens.
 
     An item's score is sum_l log p(code_l | prompt, code_<l) under the softmax over the *whole* vocabulary:
     forbidden codes are left out and the others not renormalised (Paper, Release and here alike). Code c of
     level l is token first_token + l * n_codes + c. With fewer items than beams, the tail is code -1, score -inf.
 
-    The beams of a user are branches of one sequence: each level appends their tokens to the cache, and a mask
-    says which of the cached tokens are a beam's own. When beams are re-ranked, only the mask moves.
-    """
+    The beams of a user are branches of one sequence: each level appends their tokens to the cache, and a mask says
+    which of the cached tokens are a beam's own. When beams are re-ranked, only the mask moves."""
     n, device = len(prompts), prompts[0].device
     lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # (n, 1)
     cache = _read(model, prompts, preamble)

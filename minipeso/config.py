@@ -2,8 +2,7 @@
 
     defaults  <  --recipe  <  --base  <  --dataset  <  flags        (later ones win)
 
-The mathematics takes plain numbers: only what trains, evaluates or loads sees a Config.
-"""
+The mathematics takes plain numbers: only what trains, evaluates or loads sees a Config."""
 import dataclasses
 import difflib
 import re
@@ -13,18 +12,16 @@ from pathlib import Path
 CHOICES = {
     "recipe": ("paper", "release"), "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"),
     "split": ("natural", "user-disjoint"), "prompt": ("short", "paper", "release"), "groups": ("module", "matrix"),
-    "reduction": ("sum", "mean"), "first_trains": ("rows", "tables", "adapter"),
-    "later_trains": ("rows", "tables", "adapter"), "hit": ("item", "id"), "prox_scale": ("none", "size"),
-}
+    "reduction": ("sum", "mean"), **dict.fromkeys(("first_trains", "later_trains"), ("rows", "tables", "adapter")),
+    "hit": ("item", "id"), "seen": ("exclude", "include"), "ids_from": ("first", "all")}
 LARGEST = 2**31 - 1
 BOUNDS = {  # of numbers; all others: check_numbers
-    **dict.fromkeys(("window", "levels", "latent", "rank", "epochs", "batch", "beams", "eval_batch", "world_users",
+    **dict.fromkeys(("window", "levels", "latent", "rank", "epochs", "batch", "beams", "world_users",
                      "world_items"), (1, LARGEST)),
     **dict.fromkeys(("alpha", "init", "clip", "temperature"), (1e-6, 1e6)),
     **dict.fromkeys(("warmup", "world_alpha"), (0, 1)),
-    "stages": (2, LARGEST), "min_events": (3, LARGEST), "codes": (2, LARGEST), "base_share": (1e-6, 1),
-    "first": (1e-6, 0.999999), "dropout": (0, 0.99), "threads": (0, 4096),
-}
+    "stages": (2, LARGEST), "min_events": (3, LARGEST), "codes": (2, LARGEST),
+    "first": (1e-6, 0.999999), "dropout": (0, 0.99), "base_dropout": (0, 0.99), "threads": (0, 4096)}
 
 
 class UsageError(ValueError):
@@ -35,18 +32,18 @@ class UsageError(ValueError):
 class Config:
     # what to run
     dataset: str = "demo"  # a name of DATASETS, or a folder: reviews + meta, or the authors' release
-    base: str = "tiny"  # tiny, small: from scratch; or a folder with a Llama checkpoint, or its Hub name
+    base: str = "tiny"  # nano (the demo's), tiny, small: from scratch; or a Llama checkpoint's folder or Hub name
     method: str = "peso"  # a row of methods.METHODS
-    compare: str = "pretrain,single"  # others from the same D1 model; peso@lambda=20: with another setting
+    compare: str = "popularity,transitions,pretrain,single"  # others from the same D1 model, or peso@lambda=20
     recipe: str = "paper"  # where paper and released code differ: see RECIPES
     lam: float = 2.0  # lambda of Eq. 12; Section 5.1: searched in 0.5..8, 2 for Instruments, 5 for the others
     proximal: str = "method"  # kl, l2, quadratic, rank-kl, output-kl, orthogonal, none; or what the method says
-    seed: int = 0  # of the weights and of training
+    seed: int = 0  # of weights and training: the same bytes on the same CPU and library alone, elsewhere other digits
     data_seed: int = 0  # of the demo's world, the subset of users and the user-disjoint split
     users: int = 0  # a seeded subset of the users; 0: all
     out: str = ""  # run folder; default runs/<dataset>-<base>-<method>-s<seed>
     device: str = "auto"  # cuda if there is one
-    threads: int = 0  # of the CPU; 0: torch decides. 1: the same bytes everywhere; not ten times slower on busy cores
+    threads: int = 0  # of the CPU; 0: torch decides. Another number gives other digits; 1 suffers least on busy cores
     dtype: str = "auto"  # of the frozen weights: float32 on cpu, bfloat16 on cuda; adapters are float32
     # stages: who is trained on what, when
     split: str = "natural"  # Section 3: by time, or the pseudo user-disjoint split
@@ -56,20 +53,21 @@ class Config:
     min_events: int = 5  # App. C.1: per user and stage. Release: in D1 too
     window: int = 20  # App. C.1: items of history
     # semantic IDs
+    ids_from: str = "first"  # Sec. 2: the tokenizer is fixed, so fitted on the items of D1. Release: on all stages'
     levels: int = 4  # App. D
     codes: int = 256  # Release: codes per level
     latent: int = 32  # Release: width of the codebooks
     rqvae_hidden: tuple[int, ...] = (2048, 1024, 512, 256, 128, 64)  # Release
     rqvae_epochs: int = 5000  # Release: 20000. It is LC-Rec's RQ-VAE; its author: the number hardly matters
-    rqvae_lr: float = 1e-3  # Release
+    ids: str = "unique"  # an item each. Release: shared, some by several items; or a FILE: {item or its number: codes}
     text_width: int = 0  # title vectors without a language model (embed.py); 0: Llama's hidden states
     # the prompt
     prompt: str = "paper"  # App. D; release: its sentence, <|end_of_text|> is learnt too; short: <bos> items alone
     temperature: float = 1.0  # of the training logits; Release: 0.8
-    # a base trained from scratch on D0, the stand-in for the pretrained LLM
+    # a base trained from scratch on D1's training pairs, the stand-in for the pretrained LLM
     shape: tuple[int, ...] = ()  # width, layers, heads, key/value heads, width of the MLP; empty: a checkpoint's own
-    base_share: float = 0.5  # ours: D0 is the training pairs of this share of D1's users
-    base_epochs: int = 0  # over D0; the best one is kept
+    base_epochs: int = 0  # of the base; the best one is kept
+    base_dropout: float = 0.0  # inside the model, while anything is trained; a checkpoint has none
     base_lr: float = 0.0  # with the adapter's warm-up and cosine
     init: float = 0.02  # standard deviation of new vectors. Release: 0.02; at width 128 that learns slowly
     # the adapter and its training
@@ -81,6 +79,7 @@ class Config:
     lr: float = 1e-3  # App. C.2. Release: 2e-4
     later_lr: float = 0.1  # App. C.2: factor for D2.., best at 0.05-0.1. Release: 0.1, unannounced
     epochs: int = 4  # Release; the epoch with the best validation loss is kept
+    patience: int = 0  # epochs in a row without a new best that end a training; 0: all epochs. Release: 0
     batch: int = 32  # Release: 8 x 2 accumulated x 2 GPUs
     warmup: float = 0.01  # Release: share of the steps; then a cosine to 0
     weight_decay: float = 0.01  # Release. The Trainer's own default is 0
@@ -88,16 +87,14 @@ class Config:
     # the proximal term
     groups: str = "module"  # Eq. 12: v^(g) is a module. Release: A and B are groups of their own
     reduction: str = "sum"  # Eq. 12. Release: mean over modules, 112 times weaker at the 1B model
-    prox_scale: str = "none"  # ours: size multiplies the penalty of a group by its number of entries
     # evaluation
     beams: int = 10  # Section 5.1
-    eval_batch: int = 64  # users searched at once; changes speed, not results
+    seen: str = "exclude"  # ours: what a user has is not recommended again, by any system. Release: include
     hit: str = "item"  # the item itself. Release: the ID, shared or not
     # the demo's world (synthetic.py)
     world_users: int = 1200  # of stage 1; a sixth of them, half new, at each later one
     world_items: int = 600  # a fifth of them appears after stage 1
     world_alpha: float = 0.5  # Eq. 15: how much of a user's taste survives a stage
-    inactive: bool = False  # rank users of earlier stages who are not in the stage too (U_I), by their last test
     # the rivals: their settings stand beside their code (rivals/)
     rivals: dict = dataclasses.field(default_factory=dict)  # those that flags have set
     # what is done
@@ -128,28 +125,29 @@ class Config:
         return cfg
 
 
-LATER = ("lam", "proximal", "later_lr", "groups", "reduction", "prox_scale")  # act from D2 on: methods may differ
-RECIPES = {
-    "paper": {},
-    "release": dict(groups="matrix", reduction="mean", first_trains="tables", later_trains="tables",
-                    lr=2e-4, prompt="release", temperature=0.8, hit="id"),
-}
+LATER = ("lam", "proximal", "later_lr", "groups", "reduction")  # act from D2 on: methods may differ
+RECIPES = {"paper": {}, "release": dict(
+    groups="matrix", reduction="mean", first_trains="tables", later_trains="tables", lr=2e-4, prompt="release",
+    temperature=0.8, hit="id", seen="include", ids="shared", ids_from="all", rqvae_epochs=20000)}
 # chosen for tiny by the validation loss on the authors' Video Games blocks; small's are untried guesses
-_SCRATCH = dict(prompt="short", text_width=128, rqvae_hidden=(256, 128), rqvae_epochs=100,
-                base_epochs=6, batch=128, lr=4e-3, warmup=0.05)
+_SCRATCH = dict(prompt="short", text_width=128, rqvae_hidden=(256, 128), rqvae_epochs=100, base_epochs=30,
+                base_dropout=0.2, dropout=0.0, batch=32, lr=3e-3, later_lr=1.0, epochs=8, patience=4, warmup=0.05,
+                weight_decay=0.05, lam=20.0, beams=50)
 BASES = {
-    "tiny": _SCRATCH | dict(shape=(128, 4, 4, 2, 384), base_lr=2e-3, init=0.06, threads=1),
+    "nano": _SCRATCH | dict(shape=(64, 2, 2, 2, 192), base_epochs=14, base_lr=3e-3, epochs=6, lam=10.0, beams=20,
+                            init=0.06, threads=1),
+    "tiny": _SCRATCH | dict(shape=(128, 2, 4, 2, 384), base_lr=2e-3, init=0.06, threads=1),
     "small": _SCRATCH | dict(shape=(512, 8, 8, 4, 1536), base_lr=1e-3, init=0.03),
 }
 _AMAZON = dict(base="meta-llama/Llama-3.2-1B", years="2019-2023")
 DATASETS = {  # name -> what Section 5.1 and App. C.1 say of it
-    "demo": dict(codes=32, rqvae_epochs=60),
+    "demo": dict(base="nano", codes=32, rqvae_epochs=60, compare="popularity,transitions,oracle,pretrain,single"),
     "instruments": _AMAZON | dict(lam=2.0),
     "movies": _AMAZON | dict(lam=5.0),
     "books": _AMAZON | dict(lam=5.0, years="2022-2023"),
 }
 CATEGORIES = {"instruments": "Musical_Instruments", "movies": "Movies_and_TV", "books": "Books"}  # on the Hub
-MAY_CHANGE = ("out", "device", "threads", "eval_batch", "compare", "resume", "dry_run", "explain")  # when it goes on
+MAY_CHANGE = ("out", "device", "threads", "compare", "resume", "dry_run", "explain")  # when it goes on
 
 
 def category_of(dataset: str) -> str | None:
@@ -172,7 +170,7 @@ def resolve(flags: dict) -> Config:
     if recipe not in RECIPES:
         raise UsageError(unknown("recipe", recipe, RECIPES))
     if flags.get("method", "").startswith("lightgcn"):
-        settings["compare"] = "lightgcn-pretrain,lightgcn-finetune"  # the same without an LLM: no base is needed
+        settings["compare"] = "popularity,transitions,lightgcn-pretrain,lightgcn-finetune"  # without an LLM
     cfg = Config(**(RECIPES[recipe] | BASES.get(base, {}) | settings | {"base": base} | flags))
     check(cfg)
     name = cfg.dataset.rstrip("/").split("/")[-1]
@@ -185,10 +183,11 @@ def flag(name: str) -> str:
     return "--" + ("lambda" if name == "lam" else name.replace("_", "-"))
 
 
-def changed(cfg: Config) -> str:
-    """The settings that differ from the defaults, as flags, a line each."""
-    settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
-    settings |= settings.pop("rivals")  # which has no plain default
+def changed(cfg: Config, plain: Config | None = None) -> str:
+    """The settings that differ from the defaults (or from those of `plain`), as flags, a line each."""
+    plain = plain or Config()
+    settings = {name: value for name, value in vars(cfg).items() if value != getattr(plain, name)}
+    settings |= settings.pop("rivals", {})
     values = {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in settings.items()}
     return "\n".join(flag(name) if isinstance(v, bool) else f"{flag(name)} {v}" for name, v in values.items())
 

@@ -2,14 +2,13 @@
 
     L_t = CE(D_t) + lam * sum_g KL( softmax(v_t^(g)) || softmax(v_{t-1}^(g)) ),   v_t starts at v_{t-1}
 
-The loop over the stages is train.py's; which methods there are, methods.py's.
-"""
-import dataclasses
+The loop over the stages is train.py's; which methods there are, methods.py's."""
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils import get_total_norm as norm
 
 from minipeso import parallel
 from minipeso.config import Config
@@ -30,11 +29,8 @@ def stage_data(stages: Sequence[Stage], template: Template, window: int) -> Data
 
 
 def choose_trainable(model: Llama, what: str) -> None:
-    """The adapter learns, and besides: "adapter" nothing, "rows" the new tokens' vectors, "tables" embedding and
-    head as two independent tables.
-
-    Paper: LoRA alone from D_2 on (Assumption 1). Release: "tables" at every stage, without a penalty.
-    """
+    """The adapter learns, and besides: "adapter" nothing, "rows" the new tokens' vectors, "tables" embedding and head
+    apart. Paper: LoRA alone from D_2 on (Assumption 1). Release: "tables" at every stage, without a penalty."""
     model.requires_grad_(False)
     for _, layer in adapters(model):
         for p in layer.trained():
@@ -53,21 +49,24 @@ def train_stage(model: Llama, data: Data, t: int, cfg: Config, log: Callable[[di
     (without the penalty, which says nothing about users).
 
     AdamW, warm-up and a cosine to 0, begun anew at every stage (Release). Dropout and the order of the data depend on
-    (seed, t, epoch) alone, so `epochs` may go on where an interrupted training stopped.
-    FloatingPointError if the loss or its gradient is not finite.
-    """
+    (seed, t, epoch) alone, so `epochs` may go on where an interrupted training stopped. FloatingPointError if the loss
+    or its gradient is not finite."""
     train, valid = data
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(parameters.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    progress = Progress(parameters, optimiser)
-    steps = cfg.epochs * math.ceil(sum(sequence.pairs for sequence in train) / cfg.batch)
+    progress = Progress(parameters, optimiser, patience=cfg.patience)
+    pairs = sum(sequence.pairs for sequence in train)
+    steps = cfg.epochs * math.ceil(pairs / cfg.batch)
     for epoch in epochs(progress, range(cfg.epochs)):
         seed = (cfg.seed * 1009 + t) * 1009 + epoch
         torch.manual_seed(seed + (parallel.rank() << 40))  # dropout's only source
         model.train()
-        for chosen in batches(train, cfg.batch, torch.Generator().manual_seed(seed)):
+        whole = batches(train, cfg.batch, torch.Generator().manual_seed(seed))
+        for chosen in whole:
             optimiser.param_groups[0]["lr"] = cfg.lr * learning_rate(progress.step, steps, cfg.warmup)
-            batch = collate(parallel.part(chosen), model.device)
+            # users come whole, so steps have more or fewer pairs: each counts by its own, so every pair alike (Eq. 2)
+            weight = sum(sequence.pairs for sequence in chosen) * len(whole) / pairs
+            batch = collate(parallel.part(chosen), model.device)._replace(weight=weight)
             record = train_step(model, batch, optimiser, t, cfg)
             progress.step += 1
             log({"stage": t, "epoch": epoch, "step": progress.step, "steps": steps, **record})
@@ -82,17 +81,17 @@ def train_stage(model: Llama, data: Data, t: int, cfg: Config, log: Callable[[di
 
 
 def train_step(model: Llama, batch: Batch, optimiser: torch.optim.Optimizer, t: int, cfg: Config) -> dict:
-    """One step of AdamW, and what the log should know of it. prox_ce_ratio is || lam d prox/dv || / || d CE/dv ||
-    over the adapter: how hard the anchor pulls."""
-    loss = stage_loss(model, batch, cfg.proximal, cfg.lam, cfg.temperature, (cfg.groups, cfg.reduction, cfg.prox_scale))
-    v = [p for p in adapter_parameters(model) if p.requires_grad]
-    pull = torch.autograd.grad(cfg.lam * loss.prox, v, retain_graph=True) if loss.prox.requires_grad else []
+    """One step of AdamW -> what the log should know: prox_ce_ratio, how hard the anchor pulls, || lam d prox/dv || /
+    || d CE/dv || over the adapter."""
+    loss = stage_loss(model, batch, cfg.proximal, cfg.lam, cfg.temperature, (cfg.groups, cfg.reduction))
+    v, parameters = [p for p in adapter_parameters(model) if p.requires_grad], optimiser.param_groups[0]["params"]
     optimiser.zero_grad()
-    loss.total.backward()
-    parameters = optimiser.param_groups[0]["params"]
+    (batch.weight * loss.ce).backward()  # the two parts of loss.total one by one: neither is computed twice
     parallel.average_gradients(parameters, batch.pairs)
-    push = [p.grad - g for p, g in zip(v, pull)]
-    ratio = norm(pull).item() / max(norm(push).item(), 1e-30) if pull else 0.0
+    pull = torch.autograd.grad(cfg.lam * loss.prox, v) if loss.prox.requires_grad else []
+    ratio = norm(pull).item() / max(norm([p.grad for p in v]).item(), 1e-30) if pull else 0.0
+    for p, g in zip(v, pull):
+        p.grad += g
     total = nn.utils.clip_grad_norm_(parameters, cfg.clip)
     if not math.isfinite(loss.total.item() + total.item()):
         raise FloatingPointError(f"the loss is no longer finite at stage {t}\nce {loss.ce.item()}, prox "
@@ -102,18 +101,13 @@ def train_step(model: Llama, batch: Batch, optimiser: torch.optim.Optimizer, t: 
             "lr": optimiser.param_groups[0]["lr"], "pairs": batch.pairs, "tokens": batch.ids.numel()}
 
 
-def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The Euclidean norm of all entries together -> ()."""
-    return torch.stack([t.square().sum() for t in tensors]).sum().sqrt()
-
-
 def movement(model: Llama) -> dict:
     """{"moved": || v_t - v_{t-1} ||, "anchor": || v_{t-1} ||} of the whole adapter; {} without one."""
     layers = anchored(model)
     if not layers:
         return {}
     v, v_prev = ([M.detach() for layer in layers for M in layer[half:half + 2]] for half in (0, 2))
-    return {"moved": norm(a - b for a, b in zip(v, v_prev)).item(), "anchor": norm(v_prev).item()}
+    return {"moved": norm([a - b for a, b in zip(v, v_prev)]).item(), "anchor": norm(v_prev).item()}
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
@@ -129,11 +123,3 @@ def mean_loss(model: Llama, data: list[TokenSequence], temperature: float, pairs
     some = [collate(part, model.device) for part in parallel.share(batches(data, pairs, torch.Generator()))]
     total = sum(answer_loss(model, batch, temperature).item() * batch.pairs for batch in some)
     return parallel.total(torch.tensor(total, dtype=torch.float64)).item() / sum(sequence.pairs for sequence in data)
-
-
-def base_data(first: Stage, template: Template, cfg: Config) -> Data:
-    """D_0, what a base trained from scratch learns from: the pairs of a seeded share of D_1's users. What only the
-    others know is left to the adapter."""
-    order = torch.randperm(len(first.users), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
-    users = sorted(first.users[i] for i in order[:math.ceil(cfg.base_share * len(order))])
-    return stage_data([dataclasses.replace(first, current={u: first.current[u] for u in users})], template, cfg.window)

@@ -3,8 +3,7 @@
 Nothing here is the paper's idea: skip it if you know Llama. Parameter names are the checkpoint's own
 (`model.layers.0.self_attn.q_proj.weight`), so loading is a loop over names (files/hub.py).
 
-    n batch   l positions   d hidden_size   h heads   g key/value heads   e head_dim   V vocabulary
-"""
+    n batch   l positions   d hidden_size   h heads   g key/value heads   e head_dim   V vocabulary"""
 import copy
 import math
 from dataclasses import dataclass, fields
@@ -16,9 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The fields of the Hub's config.json that change the forward. None has a default: a wrong one
-    (transformers' own are not Llama-3.2's) would build a wrong model in silence."""
-
+    """The Hub's config.json as far as it changes the forward. No defaults: a wrong one would build a wrong model."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -32,14 +29,12 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "LlamaConfig":
-        """Reads config.json in its old form (rope_theta, rope_scaling) or in transformers 5's (rope_parameters).
-        ValueError names a missing field or an unsupported value."""
+        """From the old form (rope_theta, rope_scaling) or transformers 5's (rope_parameters). ValueError: a fault."""
         config = dict(config)
         if config.get("rope_parameters") is None and "rope_theta" in config:
             config["rope_parameters"] = {**(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
         names = [field.name for field in fields(cls)]
-        missing = [name for name in names if config.get(name) is None]
-        if missing:
+        if missing := [name for name in names if config.get(name) is None]:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         for name, allowed in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
             if config.get(name, allowed) != allowed:
@@ -59,16 +54,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def rope_frequencies(rope: dict, head_dim: int, dtype: torch.dtype = torch.float32, device="cpu") -> Tensor:
     """The rotation speed theta^(-2i/e) of each pair of dimensions, (e/2,).
 
-    With rope_type llama3, wavelengths above the original context are slowed down by `factor`, short ones
-    are kept, and those between are blended linearly in 1/wavelength. The Hub's Llama 3.2 has factor 32 (3.1: 8).
-    """
+    rope_type llama3: wavelengths above the original context are slowed down by `factor`, short ones are kept, and those
+    between are blended linearly in 1/wavelength. The Hub's Llama 3.2 has factor 32 (3.1: 8)."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    need = {"default": (), "llama3": scaling}
+    need = {"default": (), "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()}
     if kind not in need:
         raise ValueError(f"config.json has rope_type {kind!r}; known are {', '.join(need)}")
-    missing = [name for name in ("rope_theta", *need[kind]) if rope.get(name) is None]
-    if missing:
+    if missing := [name for name in ("rope_theta", *need[kind]) if rope.get(name) is None]:
         raise ValueError(f"config.json's rope parameters lack {', '.join(missing)}")
     speed = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)  # (e/2,)
     if kind == "default":
@@ -107,7 +99,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of all positions so far. Those of one sequence serve all sequences that begin with it: a
     preamble is computed once per batch, in training and in decoding. Nothing is overwritten, so gradients pass."""
-
     def __init__(self):
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values (n, g, length, e) of each layer
 
@@ -164,23 +155,22 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, dropout: float):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))  # (n, l, d)
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache, layer))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))  # (n, l, d)
 
 
 class TokenTable(nn.Module):
-    """The vocabulary's vectors: `weight` (V_text, d) of the checkpoint and, behind them, `rows` (V_new, d)
-    of the semantic-ID tokens. Two parameters, so that the rows can be trained without touching the others,
-    and in float32 beside a bfloat16 checkpoint."""
-
+    """The vocabulary's vectors: `weight` (V_text, d) of the checkpoint and, behind them, `rows` (V_new, d) of the
+    semantic-ID tokens, which can be trained alone, and in float32 beside a bfloat16 checkpoint."""
     def __init__(self, vocab: int, d: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, d))
@@ -212,10 +202,10 @@ class TokenTable(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, dropout: float):
         super().__init__()
-        self.embed_tokens = TokenTable(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.embed_tokens, self.dropout = TokenTable(config.vocab_size, config.hidden_size), nn.Dropout(dropout)
+        self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.config = config
 
@@ -225,14 +215,13 @@ class LlamaModel(nn.Module):
 
         positions (n, l) of the tokens: by default they go on from the cache. mask (n, 1, l, length + l), which cached
         and new tokens each may see: by default those before it. Together they let l tokens be branches of a tree, a
-        user's answers in training (tokens.py) or beams in decoding (beam.py).
-        """
+        user's answers in training (tokens.py) or beams in decoding (beam.py)."""
         past, l = cache.length if cache else 0, ids.shape[1]
         if positions is None:
             positions = torch.arange(past, past + l, device=ids.device)[None]  # (1, l)
         if mask is None and past:
             mask = torch.ones(l, past + l, dtype=torch.bool, device=ids.device).tril(past)  # (l, past + l)
-        x = self.embed_tokens(ids).to(self.norm.weight.dtype)  # (n, l, d)
+        x = self.dropout(self.embed_tokens(ids).to(self.norm.weight.dtype))  # (n, l, d)
         rope = rotary(self.config, positions, x.dtype)
         *most, last = self.layers
         for i, block in enumerate(most):
@@ -243,12 +232,12 @@ class LlamaModel(nn.Module):
 
 
 class Llama(nn.Module):
-    """model(ids (n, l), cache=None) -> logits (n, l, V) float32 (float64 of a float64 model)."""
-
-    def __init__(self, config: LlamaConfig):
+    """model(ids (n, l), cache=None) -> logits (n, l, V) float32 (float64 of a float64 model).
+    dropout: on the embedding and both branches of a layer, while training. A checkpoint's Llama has none."""
+    def __init__(self, config: LlamaConfig, dropout: float = 0.0):
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config)
+        self.model = LlamaModel(config, dropout)
         tied = config.tie_word_embeddings  # one module under two names: one storage, one gradient
         self.lm_head = self.model.embed_tokens if tied else TokenTable(config.vocab_size, config.hidden_size)
 

@@ -3,8 +3,7 @@
     W = W_0 + s B A        A (r, d_in)   B (d_out, r)   s = alpha / r
 
 A method of the cumulative family is a subclass (rivals/cumulative.py) with its own `factors`, what the
-adapter adds to W_0, `advance`, what happens when a stage begins, and `trained`, what may move in it.
-"""
+adapter adds to W_0, `advance`, what happens when a stage begins, and `trained`, what may move in it."""
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,18 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Release: all seven projections of every layer. Paper: "e.g. attention layers".
+# Release: all seven projections of every layer. Paper: "e.g. attention layers". Here: `inject`'s argument, no flag.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LoRALinear(nn.Module):
     """y = W_0 x + s B A dropout(x), with W_0 frozen (Eq. 3).
 
-    A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)) and B = 0, so that a new adapter changes nothing. A_prev and
-    B_prev are v_{t-1}, the state at the end of the previous stage. A and B stay float32 whatever
-    the layer's dtype: a step of 1e-5 is lost in bfloat16.
-    """
-
+    A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)) and B = 0, so that a new adapter changes nothing. A_prev and B_prev are v_{t-1},
+    the state at the end of the previous stage. All stay float32 beside a bfloat16 layer, which would lose a step of
+    1e-5."""
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
         if rank < 1:
@@ -82,8 +79,7 @@ class LoRALinear(nn.Module):
 
 def inject(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, targets=TARGETS,
            generator: torch.Generator | None = None) -> None:
-    """Puts an adapter around every nn.Linear whose last name is in `targets`, and freezes all else.
-    ValueError if a target names no layer: the adapter would be smaller than asked for, in silence."""
+    """An adapter around every nn.Linear whose last name is in `targets`; all must be there. The rest is frozen."""
     model.requires_grad_(False)
     linears = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
                if isinstance(child, nn.Linear)]

@@ -11,7 +11,7 @@ from minipeso.continual import choose_trainable, stage_data, train_stage
 from minipeso.llama import Llama
 from minipeso.lora import LoRALinear, rewrap
 from minipeso.proximal import PENALTIES
-from minipeso.rivals import evorec, twotower
+from minipeso.rivals import counts, evorec, twotower
 from minipeso.rivals.cumulative import InfLoRALinear, SDLoRALinear, SumLoRALinear, design_inflora, variants
 from minipeso.stages import Stage
 from minipeso.snapshot import restore
@@ -21,12 +21,11 @@ from minipeso.tokens import Template, batches, collate
 @dataclass(frozen=True)
 class Method:
     """How a stage t >= 2 is learnt. Without `learn` it is the loop in train.py: the adapter goes on from v_{t-1}."""
-
     proximal: str = "none"  # the penalty, unless --proximal names another
     adapter: type[LoRALinear] = LoRALinear  # from stage 2 on; D_1 is learnt by plain LoRA, once for all
     prepare: Callable | None = None  # (model, stages, template, cfg), before the anchor moves
     learn: Callable | None = None  # (run, name) -> ranks per stage: another way through the stages
-    towers: bool = False  # no language model at all
+    language: bool = True  # whether it needs a language model at all
 
     def begin(self, model: Llama, stages: Sequence[Stage], template: Template, cfg: Config) -> None:
         """Before the anchor moves at stage t = len(stages): layers of the method's class, InfLoRA's next A."""
@@ -56,17 +55,16 @@ def retrain(run, name: str) -> dict[str, Tensor]:
         data = stage_data(run.stages[:t], run.template, run.cfg.window)
         restore(run.model, run.base_state)
         choose_trainable(run.model, run.cfg.first_trains)
-        train_stage(run.model, data, t, dataclasses.replace(run.cfg, proximal="none"), run.log(name),
-                    run.epochs(f"{name}-stage-{t}"))
+        cfg = dataclasses.replace(run.cfg, proximal="none")
+        train_stage(run.model, data, t, cfg, run.log(name), run.epochs(f"{name}-stage-{t}"))
         run.save(name, t, run.rank(t))
     return run.ranks[name]
 
 
 def prepare_inflora(model: Llama, stages: Sequence[Stage], template: Template, cfg: Config) -> None:
     """The layers' next A, computed from what the training pairs of D_{t-1} and of D_t show them."""
-    past, now = ((collate(some, model.device) for some in
-                  batches(stage_data([stage], template, cfg.window)[0], 512, torch.Generator().manual_seed(0)))
-                 for stage in stages[-2:])
+    sequences = [stage_data([stage], template, cfg.window)[0] for stage in stages[-2:]]
+    past, now = ((collate(some, model.device) for some in batches(part, 512, torch.Generator())) for part in sequences)
     design_inflora(model, len(stages), cfg.stages, past, now)
 
 
@@ -80,8 +78,10 @@ METHODS = {
     **{f"sdlora-{name}": Method(adapter=kind) for name, kind in variants(SDLoRALinear).items()},
     **{f"inflora-{name}": Method(adapter=k, prepare=prepare_inflora) for name, k in variants(InfLoRALinear).items()},
     "evorec": Method(learn=evorec.learn),
-    **{f"lightgcn-{name}": Method(learn=twotower.learn, towers=True)
+    **{f"lightgcn-{name}": Method(learn=twotower.learn, language=False)
        for name in ("pretrain", "finetune", "contrastive", "piw", "pisa")},
+    **{name: Method(learn=counts.learn, language=False) for name in counts.NAMES},
+    "oracle": Method(learn=counts.oracle, language=False),  # the ceiling on the demo's world
 }
 SETTINGS = {"EvoRec": evorec.Settings, "the two-tower methods (lightgcn-...)": twotower.Settings}
 

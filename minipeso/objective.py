@@ -1,7 +1,6 @@
 """What a stage minimises: cross-entropy on its answers, and a pull towards the previous adapter (Eq. 12).
 
-    L_t = CE(D_t) + lam * sum_g KL( softmax(v_t^(g)) || softmax(v_{t-1}^(g)) )
-"""
+    L_t = CE(D_t) + lam * sum_g KL( softmax(v_t^(g)) || softmax(v_{t-1}^(g)) )"""
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -37,28 +36,27 @@ class Loss(NamedTuple):
 
 
 def stage_loss(model: Llama, batch: Batch, penalty: str = "none", lam: float = 0.0, temperature: float = 1.0,
-               grouping: tuple[str, str, str] = ("module", "sum", "none")) -> Loss:
+               grouping: tuple[str, str] = ("module", "sum")) -> Loss:
     """CE + lam * penalty over the groups of the adapter: Eq. 12 with penalty "kl", Eq. 6 with "l2" or "quadratic".
-    penalty: a name of PENALTIES, "output-kl" or "none". grouping: proximal_term's (groups, reduction, scale)."""
+    penalty: a name of PENALTIES, "output-kl" or "none". grouping: proximal_term's (groups, reduction)."""
     if penalty == "output-kl":
-        ce, prox = output_loss(model, batch, temperature, *grouping[1:])
+        ce, prox = output_loss(model, batch, temperature, grouping[1])
     else:
         ce = answer_loss(model, batch, temperature)
         if penalty == "none":
-            return Loss(ce, ce.new_zeros(()), ce)
+            return Loss(ce, ce.new_zeros(()), batch.weight * ce)
         prox = proximal_term(anchored(model), PENALTIES[penalty], *grouping)
-    return Loss(ce, prox, ce + lam * prox)
+    return Loss(ce, prox, batch.weight * ce + lam * prox)
 
 
-def output_loss(model: Llama, batch: Batch, temperature: float, reduction: str, scale: str) -> tuple[Tensor, Tensor]:
+def output_loss(model: Llama, batch: Batch, temperature: float, reduction: str) -> tuple[Tensor, Tensor]:
     """(CE, output_kl summed or averaged over layers). A layer's input x, read off the CE's own forward pass, on
     real tokens and without dropout, is a constant of the penalty: it pulls on the layer's own A and B alone."""
     layers = []
     def see(name: str, layer: LoRALinear, x: Tensor) -> None:
         x = layer.scale * x.detach()[batch.real].to(layer.A.dtype)  # (tokens, d_in)
         y, y_prev = x @ layer.A.T @ layer.B.T, x @ layer.A_prev.T @ layer.B_prev.T  # (tokens, d_out)
-        layers.append(output_kl(y, y_prev) * (y.shape[-1] if scale == "size" else 1))
-
+        layers.append(output_kl(y, y_prev))
     with watching(model, see):
         ce = answer_loss(model, batch._replace(preamble=0), temperature)  # the layers see every token of every sequence
     return ce, sum(layers) / (len(layers) if reduction == "mean" else 1)

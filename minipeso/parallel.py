@@ -73,7 +73,6 @@ def average_gradients(parameters: Iterable[nn.Parameter], weight: int) -> None:
     """The gradient of the whole batch: the mean over the processes, each weighted by the pairs of its share."""
     if size() > 1:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten().float() for g in gradients] + [gradients[0].new_ones(1).float()]) * weight
-        flat = total(flat)
+        flat = total(torch.cat([g.flatten().float() for g in gradients] + [gradients[0].new_ones(1).float()]) * weight)
         for g, whole in zip(gradients, (flat[:-1] / flat[-1]).split([g.numel() for g in gradients])):
             g.copy_(whole.view_as(g))

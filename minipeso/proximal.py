@@ -6,8 +6,7 @@ v is a flattened adapter, v_prev its anchor (the adapter at the end of the previ
 Every penalty (v, v_prev) -> () is a pure function, without lam, in float32 or better; the anchor gets no gradient.
 
 How large is it? The softmax of n small numbers is almost uniform, p_i = 1/n, so the KL of a group is about
-1/2 mean((v - v_prev)^2) (Cor. 4): l2 divided by n, which is r (d_in + d_out) for one module.
-"""
+1/2 mean((v - v_prev)^2) (Cor. 4): l2 divided by n, which is r (d_in + d_out) for one module."""
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,10 +20,9 @@ def softmax_kl(v: Tensor, v_prev: Tensor) -> Tensor:
     """KL(softmax(v) || softmax(v_prev)): softmax over the last axis, summed over the others.
 
     With r = softmax(v), p = softmax(v_prev) and d = v - v_prev, shifted to E_p[d] = 0: KL = E_r[d] - log E_p[e^d].
-    At v = v_prev the value and every entry of the gradient are exactly 0.0.
-    Paper: E_r[log r - log p]. Release: that, from probabilities + 1e-8, clamped at 0. Here: the same number from
-    two terms of second order in d, not from two logarithms near -log n, whose difference float32 loses.
-    """
+    At v = v_prev the value and every entry of the gradient are exactly 0.0. Paper: E_r[log r - log p]. Release: that,
+    from probabilities + 1e-8, clamped at 0. Here: the same number from two terms of second order in d, not from two
+    logarithms near -log n, whose difference float32 loses."""
     v, v_prev = _comparable(v, v_prev)  # (..., n)
     p = v_prev.softmax(-1)
     d = v - v_prev
@@ -36,8 +34,7 @@ def softmax_kl(v: Tensor, v_prev: Tensor) -> Tensor:
 
 
 def l2(v: Tensor, v_prev: Tensor) -> Tensor:
-    """1/2 ||v - v_prev||^2, Eq. 6 with H = I. Release: the norm of each matrix, not squared, which has no
-    gradient at the anchor, where training starts."""
+    """1/2 ||v - v_prev||^2, Eq. 6 with H = I. Release: each matrix's norm, which has no gradient at the anchor."""
     v, v_prev = _comparable(v, v_prev)
     return (v - v_prev).square().sum() / 2
 
@@ -52,8 +49,7 @@ def quadratic(v: Tensor, v_prev: Tensor) -> Tensor:
 
 
 def per_rank_kl(M: Tensor, M_prev: Tensor) -> Tensor:
-    """Softmax-KL with one group per rank component, a row of M: A's rows, B's columns (pass B.T).
-    Paper: named in Fig. 2, no formula. Release: absent. Here: the sum over components."""
+    """Softmax-KL of every rank component, a row of M: A's rows, B's columns (pass B.T). Paper: no formula (Fig. 2)."""
     return softmax_kl(M, M_prev)  # M (..., r, n)
 
 
@@ -74,21 +70,16 @@ def output_kl(y: Tensor, y_prev: Tensor) -> Tensor:
 PENALTIES = {"kl": softmax_kl, "l2": l2, "quadratic": quadratic, "rank-kl": per_rank_kl, "orthogonal": orthogonality}
 
 
-def proximal_term(layers: list[Layer], penalty: Penalty, groups: str = "module", reduction: str = "sum",
-                  scale: str = "none") -> Tensor:
+def proximal_term(layers: list[Layer], penalty: Penalty, groups: str = "module", reduction: str = "sum") -> Tensor:
     """The penalty of all groups of all modules -> (), to be multiplied by lam (Eq. 6, Eq. 12).
 
-    Paper: groups "module", reduction "sum". Release: groups "matrix", reduction "mean" over modules, that is
-    lam_sum = lam_mean / n_modules. Ours: scale "size" weighs a group by its n entries, which undoes softmax's 1/n.
-    """
+    Paper: groups "module", reduction "sum". Release: "matrix", "mean" over modules: lam_sum = lam_mean / n_modules."""
     _check("groups", groups, "module", "matrix")
     _check("reduction", reduction, "sum", "mean")
-    _check("scale", scale, "none", "size")
     if not layers:
         raise ValueError("no adapter to hold near its anchor\nthe list of (A, B, A_prev, B_prev) is empty\n"
                          "inject LoRA before asking for a proximal term")
-    total = sum(penalty(v, v_prev) * (v.shape[-1] if scale == "size" else 1)
-                for layer in layers for v, v_prev in groups_of(layer, penalty, groups))
+    total = sum(penalty(v, v_prev) for layer in layers for v, v_prev in groups_of(layer, penalty, groups))
     return total / len(layers) if reduction == "mean" else total
 
 

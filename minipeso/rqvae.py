@@ -4,8 +4,7 @@ An encoder maps x (d_in,) to z (d,). Level l picks the codeword nearest to the r
 the decoder rebuilds x from the sum of the L codewords (Lee et al. 2022; the two losses: van den Oord et al. 2017).
 Items that share their first codes are alike, so a language model can generate the next item code by code.
 Paper: names the method only. Release (the authors' code; so far LC-Rec's): every number here.
-Letters: n items, L levels, K codes per level, d = d_latent.
-"""
+Letters: n items, L levels, K codes per level, d = d_latent."""
 import math
 from collections.abc import Sequence
 
@@ -21,7 +20,6 @@ BATCH = 1024  # items per training step
 
 class RQVAE(nn.Module):
     """Encoder MLP, L codebooks of K codewords, mirrored decoder MLP."""
-
     def __init__(self, d_in: int, levels: int = 4, codes: int = 256, d_latent: int = 32,
                  hidden: Sequence[int] = RELEASE_HIDDEN, generator: torch.Generator | None = None):
         super().__init__()
@@ -36,8 +34,7 @@ class RQVAE(nn.Module):
         reconstruction = mean (D(z_q) - x)^2; quantisation = the mean over levels of (sg[r] - e)^2 + beta (r - sg[e])^2,
         where sg stops the gradient: codewords e move to their residuals r, and the encoder commits to its codewords.
         Sinkhorn assigns the last level: it spreads a batch evenly over the codes, so that items alike in all coarser
-        codes get different last ones; sinkhorn_eps = 0: the nearest code there too.
-        """
+        codes get different last ones; sinkhorn_eps = 0: the nearest code there too."""
         r = self.encoder(x)  # (n, d)
         z_q, losses = torch.zeros_like(r), []
         for level, codebook in enumerate(self.codebooks, 1):
@@ -110,8 +107,7 @@ def sinkhorn(distances: Tensor, eps: float = 0.003, iterations: int = 50) -> Ten
 
     Q = n u exp(-D / eps) v, with u (n,), v (K,) such that columns sum to n / K, and rows to 1 as far as `iterations`
     bring them; D: the distances, moved and scaled to [-1, 1]. e^(1 / 0.003) is beyond float32, below eps = 0.003
-    float64 fails too: ValueError. Release: divides the whole matrix, in turn. Here: two vectors, the same Q.
-    """
+    float64 fails too: ValueError. Release: divides the whole matrix, in turn. Here: two vectors, the same Q."""
     if not eps >= 0.003:
         raise ValueError(f"Sinkhorn would overflow\nsinkhorn_eps = {eps}\nuse 0.003 or more, or 0 for the nearest code")
     D = distances.double()
@@ -127,8 +123,7 @@ def sinkhorn(distances: Tensor, eps: float = 0.003, iterations: int = 50) -> Ten
 
 
 def kmeans(x: Tensor, k: int, generator: torch.Generator, iterations: int = 20) -> Tensor:
-    """Lloyd's k-means from k-means++ seeds. A cluster that loses its last item moves to the item farthest from its
-    centre. Few distinct items: centres repeat. (n, d) -> (k, d)"""
+    """Lloyd's k-means from k-means++ seeds, (n, d) -> (k, d). An empty one takes the item farthest from its centre."""
     centres = kmeans_plus_plus(x, k, generator)
     for _ in range(iterations):
         distance, code = squared_distances(x, centres).min(1)  # (n,), (n,)
@@ -170,8 +165,8 @@ def train(model: RQVAE, x: Tensor, epochs: int, generator: torch.Generator, lr: 
             losses.append(loss.detach())
         mean = torch.stack(losses).mean().item()
         if not math.isfinite(mean):
-            fact = f"epoch {epoch}: loss {mean} at lr {lr}"
-            raise FloatingPointError(f"RQ-VAE training diverged\n{fact}\nuse a smaller learning rate")
+            raise FloatingPointError(f"RQ-VAE training diverged\nepoch {epoch}: loss {mean} at lr {lr}\n"
+                                     "use a smaller learning rate")
         if epoch % max(1, epochs // 20) == 0 and epoch > epochs // 2:
             progress.keep_best(collisions(model.quantise(x)))
     progress.take_best()

@@ -1,8 +1,6 @@
 """Semantic IDs: every item its L codes. Fit on the item vectors, break collisions, look up, JSON.
 
-Paper, Section 2 and footnote 1: a tokenizer "(e.g., RQ-VAE) trained on item semantic features", fixed over all stages.
-It sees the items of *all* stages, so the text of later items leaks into it; their interactions do not.
-"""
+Paper, Section 2 and footnote 1: "(e.g., RQ-VAE) trained on item semantic features", fixed over all stages."""
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -44,24 +42,30 @@ class SemanticIDs:
         return self.items_by_code.get(tuple(int(c) for c in code), [])
 
     @classmethod
-    def fit(cls, vectors: np.ndarray | Tensor, epochs: int = 100, seed: int = 0, unique: bool = True, lr: float = 1e-3,
-            epochs_left: Epochs = every_epoch, **shape) -> "SemanticIDs":
+    def fit(cls, vectors: np.ndarray | Tensor, epochs: int = 100, seed: int = 0, unique: bool = True,
+            born: Sequence[int] | None = None, epochs_left: Epochs = every_epoch, **shape) -> "SemanticIDs":
         """k-means start, RQ-VAE, greedy codes, collision repair; on the device of `vectors` (n_items, d).
 
-        An ID depends on the set of vectors and the seed, not on the order of the items; only *identical* vectors share
-        out theirs by item id. unique: our repair (`move_to_free`); otherwise the Release's (`reassign_groups`).
-        shape: levels, codes, d_latent, hidden of RQVAE. Release: RELEASE_HIDDEN, 20,000 epochs.
-        """
-        x = torch.as_tensor(vectors, dtype=torch.float32)
-        order = canonical_order(x.cpu().numpy())
-        x = standardise(x[torch.from_numpy(order)])  # (n, d)
+        born: the stage in which each item appears. The tokenizer is fitted on those of the first; the others are
+        encoded by it, stage by stage, so that no ID depends on an item that comes later. Without it, and in the
+        Release, it is fitted on the items of all stages. An ID depends on the set of vectors and the seed, not on the
+        order of the items; only *identical* vectors share out theirs by item id.
+        unique: our repair (`move_to_free`); otherwise the Release's (`reassign_groups`). shape: levels, codes,
+        d_latent, hidden of RQVAE. Release: RELEASE_HIDDEN, 20,000 epochs."""
+        x, stage = torch.as_tensor(vectors, dtype=torch.float32), np.array(born or [1] * len(vectors))  # (n,)
+        order = canonical_order(x.cpu().numpy(), stage)
+        stage = stage[order]
+        x = standardise(x[torch.from_numpy(order)], first := int((stage == stage[0]).sum()))  # (n, d)
         generator = torch.Generator().manual_seed(seed)
         model = RQVAE(x.shape[1], **{"hidden": (256, 128)} | shape, generator=generator).to(x.device)
-        model.init_codebooks(x, generator)
-        train(model, x, epochs, generator, lr, epochs_left)
+        model.init_codebooks(x[:first], generator)
+        train(model, x[:first], epochs, generator, epochs_left=epochs_left)
         z, codebooks = model.encode(x).cpu(), model.codebooks.detach().cpu()  # (n, d), (L, K, d)
         greedy, residuals = quantise_residuals(z, codebooks)  # (n, L), (L + 1, n, d)
-        ids = move_to_free(greedy, z, codebooks) if unique else reassign_groups(greedy, residuals[-2], codebooks[-1])
+        if unique:
+            ids = move_to_free(greedy, z, codebooks, stage)
+        else:  # later items stay as encoded
+            ids = torch.cat([reassign_groups(greedy[:first], residuals[-2][:first], codebooks[-1]), greedy[first:]])
         return cls(ids[np.argsort(order)], codebooks.shape[1], collisions(greedy))  # back in the order of the items
 
     def save(self, path: str | Path) -> None:
@@ -73,9 +77,9 @@ class SemanticIDs:
                            for item, row in enumerate(self.codes.tolist())})
 
     @classmethod
-    def load(cls, path: str | Path, n_codes: int = 256) -> "SemanticIDs":
-        """Read an index file, ours or the Release's, which may hold collisions. ValueError names what is at fault."""
-        rows = read_index(Path(path))
+    def load(cls, path: str | Path, n_codes: int = 256, names: Sequence[str] = ()) -> "SemanticIDs":
+        """An index file, ours or the Release's, collisions allowed; with `names`, these items' rows, in this order."""
+        rows = read_index(Path(path), names)
         levels = [{f"<{letter}_{code}>": code for code in range(n_codes)} for letter in LETTERS]
         for item, row in enumerate(rows):
             if not isinstance(row, list) or not 0 < len(row) == len(rows[0]) <= len(LETTERS):
@@ -108,25 +112,25 @@ class SemanticIDs:
         return "\n".join(lines)
 
 
-def canonical_order(x: np.ndarray) -> np.ndarray:
-    """The order by the rows' bytes, ties by row number: the same rows in any order become one list. (n, d) -> (n,)"""
+def canonical_order(x: np.ndarray, stage: np.ndarray) -> np.ndarray:
+    """The order (n,) by stage, then the bytes of x's rows (n, d), then row number: rows in any order, one list."""
     x = np.ascontiguousarray(x + 0.0)  # -0.0 becomes its equal 0.0
-    return x.view(np.dtype((np.void, x.shape[1] * x.itemsize))).ravel().argsort(kind="stable")  # of (n,)
+    order = x.view(np.dtype((np.void, x.shape[1] * x.itemsize))).ravel().argsort(kind="stable")  # of (n,)
+    return order[stage[order].argsort(kind="stable")]
 
 
-def standardise(x: Tensor, rms: float = 0.05) -> Tensor:
-    """Centred, and scaled by one factor to a root mean square of `rms`; equal vectors are zero. (n, d) -> (n, d)
-    Release: as the vectors come. Here: AdamW moves a codeword by about lr per step at any scale, so the scale decides
-    whether the codebooks lag behind the encoder (too large) or jitter (too small)."""
-    centred = x - x.mean(0)  # (n, d)
-    scale = centred.pow(2).mean().sqrt() * (x != x[0]).any()  # of equal vectors the mean's rounding is left
+def standardise(x: Tensor, first: int | None = None, rms: float = 0.05) -> Tensor:
+    """Centred, and scaled by one factor: the `first` rows get mean 0 and root mean square `rms`, or are zero if equal.
+    (n, d) -> (n, d). Release: as they come. Here: AdamW moves a codeword by about lr per step at any scale, so the
+    scale decides whether the codebooks lag behind the encoder (too large) or jitter (too small)."""
+    centred = x - x[:first].mean(0)  # (n, d)
+    scale = centred[:first].pow(2).mean().sqrt() * (x[:first] != x[0]).any()  # of equal ones only rounding is left
     return centred * (rms / scale) if scale else torch.zeros_like(x)
 
 
 def reassign_groups(codes: Tensor, residual: Tensor, codebook: Tensor, rounds: int = 20) -> Tensor:
     """The Release's repair: the items on one ID share out new last codes by Sinkhorn; cannot part equal residuals.
-    Repeated, since an item can move onto another's ID. codes (n, L); residual (n, d), codebook (K, d): what the last
-    level quantises, and with what. -> (n, L)"""
+    Repeated, since an item can move onto another's ID. codes (n, L); residual (n, d), codebook (K, d) of level L."""
     for _ in range(rounds):
         _, group, size = codes.unique(dim=0, return_inverse=True, return_counts=True)
         by_group = group.argsort(stable=True)  # (n,) as group; size (groups,)
@@ -141,26 +145,28 @@ def reassign_groups(codes: Tensor, residual: Tensor, codebook: Tensor, rounds: i
     return codes
 
 
-def move_to_free(codes: Tensor, z: Tensor, codebooks: Tensor) -> Tensor:
-    """Our repair: of the items on one ID the first stays, each other takes its `nearest_free`. -> (n, L)
-    codes (n, L), z (n, d), codebooks (L, K, d). Paper: silent. Release: what still collides after `reassign_groups`
-    stays so. Here: an ID is one item, and a new last code is a near one, so it keeps a meaning."""
+def move_to_free(codes: Tensor, z: Tensor, codebooks: Tensor, stage: np.ndarray) -> Tensor:
+    """Our repair: of the items on one ID the first stays, each other takes its `nearest_free`; stage by stage (n,), so
+    that no ID moves for a later item. codes (n, L), z (n, d), codebooks (L, K, d) -> (n, L)
+    Release: what still collides after `reassign_groups` stays so. Here: an ID is one item; a new last code is near."""
     L, K = codebooks.shape[:2]
     if len(codes) > K**L:
-        fact = f"{len(codes)} items; {K} codes on {L} levels make {K**L} IDs"
-        raise ValueError(f"more items than semantic IDs\n{fact}\nuse more codes or more levels")
-    ids = codes.numpy().copy()  # (n, L)
-    first = np.unique(ids, axis=0, return_index=True)[1]
-    taken = Counter(tuple(row[:level]) for row in ids[first].tolist() for level in range(1, L + 1))
-    for item in np.setdiff1d(np.arange(len(ids)), first):
-        ids[item] = row = nearest_free(z[item].numpy(), codebooks.numpy(), taken)
-        taken.update(row[:level] for level in range(1, L + 1))
+        raise ValueError(f"more items than semantic IDs\n{len(codes)} items; {K} codes on {L} levels make {K**L} IDs\n"
+                         "use more codes or more levels")
+    ids, taken = codes.numpy().copy(), Counter()  # (n, L)
+    for now in np.unique(stage):
+        items = np.flatnonzero(stage == now)
+        first = items[np.unique(ids[items], axis=0, return_index=True)[1]]
+        first = [item for item in first if not taken[tuple(ids[item].tolist())]]
+        taken.update(tuple(row[:level]) for row in ids[first].tolist() for level in range(1, L + 1))
+        for item in np.setdiff1d(items, first):
+            ids[item] = row = nearest_free(z[item].numpy(), codebooks.numpy(), taken)
+            taken.update(row[:level] for level in range(1, L + 1))
     return torch.from_numpy(ids)
 
 
 def nearest_free(z: np.ndarray, codebooks: np.ndarray, taken: Counter) -> tuple[int, ...]:
-    """Greedy codes of z (d,), at each level the nearest with an ID left below it, so the last one gives way first.
-    taken[prefix] counts the IDs that are gone below a prefix."""
+    """Greedy codes of z (d,), at each level the nearest with an ID left below. taken: how many are not, by prefix."""
     prefix: tuple[int, ...] = ()
     for level, codebook in enumerate(codebooks, 1):
         room = len(codebook) ** (len(codebooks) - level)
@@ -170,8 +176,8 @@ def nearest_free(z: np.ndarray, codebooks: np.ndarray, taken: Counter) -> tuple[
     return prefix
 
 
-def read_index(path: Path) -> list:
-    """The rows of an index file in the order of the items: a JSON object whose keys are "0" .. "n-1", each once."""
+def read_index(path: Path, names: Sequence[str] = ()) -> list:
+    """The rows of an index file in the items' order: its keys are "0" .. "n-1", each once, or names, perhaps more."""
     if not path.is_file():
         raise FileNotFoundError(f"no semantic-ID file\n{path} is not a file\nfit the IDs, or correct the path")
     try:  # an object becomes a tuple of its pairs, so that a repeated key is seen
@@ -180,11 +186,13 @@ def read_index(path: Path) -> list:
         raise malformed(path, str(error), "correct the file, or fetch it anew if cut off") from None
     if not isinstance(pairs, tuple) or not pairs:
         raise malformed(path, f"no items in {str(pairs)[:40]!r}", 'expected {"0": ["<a_1>", "<b_2>"], ...}')
-    items, keys = Counter(map(str, range(len(pairs)))), Counter(key for key, _ in pairs)
+    place = {name: i for i, name in enumerate(names or map(str, range(len(pairs))))}
+    pairs = [pair for pair in pairs if pair[0] in place or not names]
+    items, keys = Counter([*place]), Counter(key for key, _ in pairs)
     if keys != items:
-        missing, strange = min(items - keys, key=int), next(iter(keys - items))
-        raise malformed(path, f"no row for item {missing}, one too many for {strange!r}", "expected 0 .. n - 1")
-    return [row for _, row in sorted(pairs, key=lambda pair: int(pair[0]))]
+        faults = [f"no row for item {i}" for i in items - keys][:1] + [f"one too many for {k!r}" for k in keys - items]
+        raise malformed(path, ", ".join(faults[:2]), f"expected {'each of the items' if names else '0 .. n - 1'} once")
+    return [row for _, row in sorted(pairs, key=lambda pair: place[pair[0]])]
 
 
 def malformed(path: str | Path, found: str, remedy: str) -> ValueError:

@@ -18,8 +18,7 @@ class Snapshot(NamedTuple):
 def snapshot(model: Llama, tables: bool = False) -> Snapshot:
     """A copy of adapters with anchors and histories, and of the new tokens' rows; `tables`: of all tokens' rows."""
     layers = dict(adapters(model))
-    state = {f"{name}.{key}": t for name, layer in layers.items()
-             for key, t in layer.state_dict().items() if key != "weight"}
+    state = {f"{name}.{k}": t for name, layer in layers.items() for k, t in layer.state_dict().items() if k != "weight"}
     ends = ("embed_tokens.rows", "lm_head.rows") + tables * ("embed_tokens.weight", "lm_head.weight")
     state |= {name: t for name, t in model.state_dict().items() if name.endswith(ends)}
     return Snapshot({name: t.detach().clone() for name, t in state.items()}, model.lm_head is model.model.embed_tokens,

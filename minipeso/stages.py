@@ -1,13 +1,14 @@
 """Who is trained on what, and when: the stages D_1 .. D_T of continual recommendation.
 
 The paper's Section 3 and Appendix C.1: a chronological cut, leave-one-out per user and stage, histories of at most 20
-items. All leakage would start here, so nothing else decides what an example may see.
-"""
+items. All leakage would start here, so nothing else decides what an example may see."""
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+
+ABSENT = 500  # users of U_I who are asked at a stage: their mean is known well enough, and beams cost time
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +67,7 @@ def cut(interactions: Interactions, first: float = 0.6, stages: int = 5, min_eve
 
     Users with fewer than `min_events` events in a stage are dropped from it; a history is what survived of earlier
     stages. Paper: "for each incremental stage, we filter out users with fewer than five". Release, and here: D_1 too.
-    ValueError for too few events, times that are all equal, or an empty D_1.
-    """
+    ValueError for too few events, times that are all equal, or an empty D_1."""
     time = interactions.time
     span = f"{len(time)} interactions" + (f", {day(time.min())} to {day(time.max())}" if len(time) else "")
     if not 0 < first < 1 or not 1 <= stages <= len(time) or time.min() == time.max():
@@ -95,9 +95,8 @@ def by_user(user: np.ndarray, item: np.ndarray, min_events: int) -> dict[int, li
 
 
 def user_disjoint(stages: Sequence[Stage], seed: int) -> list[Stage]:
-    """The pseudo user-disjoint split (Section 3, setting 2) with the sizes of the natural stages: users in a random
-    order, each with the items of all stages, fill D_1 up to its natural number of interactions, then D_2, ... So every
-    boundary is off by less than one user's sequence, and no one has a history."""
+    """The pseudo user-disjoint split (Section 3, setting 2): users in a random order, each with all stages' items, fill
+    D_1 up to its natural number of interactions, then D_2, ... No one has a history."""
     whole: dict[int, list[int]] = {}
     for stage in stages:
         whole |= {user: whole.get(user, []) + items for user, items in stage.current.items()}
@@ -135,16 +134,22 @@ def examples(stage: Stage, part: str, window: int = 20) -> list[Example]:
     return made
 
 
-def inactive(stages: Sequence[Stage]) -> list[Example]:
-    """U_I of the last stage: users of earlier stages who are not in it, each with its last known test question."""
-    last = {e.user: e for stage in stages[:-1] for e in examples(stage, "test")}
-    return [e for user, e in sorted(last.items()) if user not in stages[-1].current]
+def questions(stages: Sequence[Stage], window: int = 20) -> list[Example]:
+    """The test questions of the last stage: first its users' (U_A), then those of the users of earlier stages who are
+    not in it (U_I), each with its last known one; of ABSENT at most, drawn by the stage's number."""
+    last = {e.user: e for stage in stages[:-1] for e in examples(stage, "test", window)}
+    absent = sorted(last.keys() - stages[-1].current.keys())
+    drawn = np.random.default_rng(stages[-1].number).permutation(absent)[:ABSENT]
+    return examples(stages[-1], "test", window) + [last[user] for user in sorted(drawn.tolist())]
+
+
+def had(stages: Sequence[Stage]) -> dict[int, set[int]]:
+    """What every user has had before its last test question, validation items included: no target of a later one."""
+    return {user: {*stage.history[user], *items[:-1]} for stage in stages for user, items in stage.current.items()}
 
 
 def statistics(stages: Sequence[Stage]) -> list[dict]:
-    """The rows of the paper's Table 4, and a last one for all stages together.
-    New is a user with an empty history, and an item in no earlier stage given here and in no history so far.
-    sparsity = 1 - interactions / (users * items). What has no meaning is None."""
+    """The paper's Table 4 and a row for all stages. New is a user without a history, an item in no stage or history."""
     rows, seen = [], set()
     for stage in stages:
         n, m, k = stage.interactions, len(stage.users), len(stage.items)
@@ -157,14 +162,3 @@ def statistics(stages: Sequence[Stage]) -> list[dict]:
     whole = {"stage": f"D{stages[0].number}:{stages[-1].number}", "users": users, "items": items,
              "interactions": sum(row["interactions"] for row in rows)}
     return rows + [dict.fromkeys(rows[0]) | whole]
-
-
-def statistics_table(rows: list[dict]) -> str:
-    """Rows of `statistics` as a markdown table, rounded as in the paper."""
-    formats = {"stage": "{}", "avg_length": "{:.2f}", "sparsity": "{:.4f}"}
-    lines = ["| | Total Users | New Users | Total Items | New Items | Total Interactions | Avg Seq Len | Sparsity |",
-             "|---|" + "---:|" * 7]
-    for row in rows:
-        cells = ["NA" if x is None else formats.get(name, "{:,}").format(x) for name, x in row.items()]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -3,8 +3,7 @@
 Eq. 15:  P_t(y | u) = alpha P_{t-1}(y | u) + (1 - alpha) Q_t(y | u)
 A user's taste P_t is a distribution over leaves (department, kind); Q_t is new in stage t: fashion, which everybody
 shares, and the user's own whim. Within a leaf a user walks along a series (volume 1, 2, ...), so that the order of a
-history tells something. The files are in the Hub's own schema: the demo takes the same way as real data.
-"""
+history tells something. The files are in the Hub's own schema: the demo takes the same way as real data."""
 import json
 from pathlib import Path
 
@@ -24,23 +23,47 @@ STAGES, FIRST_DAY, STAGE_MS = 5, 1_546_300_800_000, 365 * 24 * 3_600_000 // 2  #
 
 
 def write_world(folder: str | Path, users: int = 1200, items: int = 600, alpha: float = 0.5, seed: int = 0) -> Path:
-    """Writes Demo.jsonl and meta_Demo.jsonl. `users` live in stage 1, a sixth as many in each later stage, half of
-    them known from before: the paper's 60 % + 4 x 10 %."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha of Eq. 15 must lie in 0..1\nfound {alpha}\nchoose e.g. 0.5")
+    """Writes Demo.jsonl and meta_Demo.jsonl. `users` live in stage 1; a sixth as many, half of them known, later."""
     folder, rng = Path(folder), np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    born = []  # the stage in which an item appears: one in five after the first
     with open(folder / "meta_Demo.jsonl", "w") as file:
-        for item in range(items):
-            born.append(1 if rng.random() < 0.8 else int(rng.integers(2, STAGES + 1)))
-            file.write(json.dumps(_meta(item)) + "\n")
+        file.writelines(json.dumps(_meta(item)) + "\n" for item in range(items))
     with open(folder / "Demo.jsonl", "w") as file:
-        for user, item, time in _events(users, np.array(born), alpha, rng):
-            key = f"D{item:05d}"
-            row = {"user_id": f"U{user:05d}", "parent_asin": key, "asin": key, "rating": 5.0, "timestamp": time}
-            file.write(json.dumps(row) + "\n")
+        for user, item, time, *_ in _events(users, items, alpha, rng):
+            keys = {"user_id": f"U{user:05d}", "parent_asin": f"D{item:05d}", "asin": f"D{item:05d}"}
+            file.write(json.dumps(keys | {"rating": 5.0, "timestamp": time}) + "\n")
     return folder
+
+
+def oracle(users: int, items: int, alpha: float, seed: int, asked: set[tuple[str, str]]):
+    """Yields (user key, item key, p (items,)) for the events (user key, item key) of the same world that are asked for:
+    the true probability of every item to be taken at that moment. Nobody who does not know it can hit more often."""
+    rng, owned, last = np.random.default_rng(seed), {}, {}
+    for user, item, time, taste, shelves in _events(users, items, alpha, rng):
+        stage, key = (time - FIRST_DAY) // STAGE_MS, (f"U{user:05d}", f"D{item:05d}")
+        before, (then, previous) = owned.setdefault(user, set()), last.get(user, (None, None))
+        if key in asked:
+            yield *key, next_items(items, taste, shelves, before, previous if then == stage else None)
+        before.add(item)
+        last[user] = stage, item
+
+
+def next_items(items: int, taste: np.ndarray, shelves: list[list[int]], owned: set[int], last: int | None):
+    """What `_walk` draws next, as probabilities (items,), computed and not drawn."""
+    p = np.zeros(items)
+    for leaf in np.flatnonzero(taste):
+        choice = [i for i in shelves[leaf] if i not in owned]
+        fame = 1.0 / (1 + np.arange(len(choice)))
+        p[choice] += taste[leaf] * fame / fame.sum()  # nothing where the user has all
+    if last is not None and (series := _volumes(shelves, owned, last)):
+        p *= 0.4
+        p[series] += 0.6
+    return p / p.sum()
+
+
+def _volumes(shelves: list[list[int]], owned: set[int], last: int) -> list[int]:
+    """The next volume of the series that `last` belongs to, if it is on sale: [item] or []."""
+    return [i for i in shelves[last % len(LEAVES)] if i > last and i // SERIES == last // SERIES and i not in owned][:1]
 
 
 def _meta(item: int) -> dict:
@@ -54,8 +77,10 @@ def _meta(item: int) -> dict:
             "description": [], "features": []}
 
 
-def _events(users: int, born: np.ndarray, alpha: float, rng: np.random.Generator):
-    """Yields (user, item, time) of all stages; P_0 is the user's own taste, Q_t mixes fashion and own whim."""
+def _events(users: int, items: int, alpha: float, rng: np.random.Generator):
+    """Yields (user, item, time, P_t, what is on sale) of all stages; P_0 is the user's own taste, Q_t mixes fashion and
+    own whim. One item in five appears after the first stage."""
+    born = np.array([1 if rng.random() < 0.8 else int(rng.integers(2, STAGES + 1)) for _ in range(items)])  # (items,)
     taste, owned, population = {}, {}, 0
     for stage in range(1, STAGES + 1):
         active = users if stage == 1 else max(users // 6, 1)
@@ -70,7 +95,7 @@ def _events(users: int, born: np.ndarray, alpha: float, rng: np.random.Generator
             taste[user] = alpha * before + (1 - alpha) * whim
             start = FIRST_DAY + (stage - 1) * STAGE_MS + int(rng.integers(STAGE_MS // 2))
             for k, item in enumerate(_walk(taste[user], shelves, owned.setdefault(user, set()), rng)):
-                yield user, item, start + k * STAGE_MS // 40 + int(rng.integers(1000))
+                yield user, item, start + k * STAGE_MS // 40 + int(rng.integers(1000)), taste[user], shelves
 
 
 def _peaked(peaks: int, rng: np.random.Generator) -> np.ndarray:
@@ -87,8 +112,7 @@ def _walk(taste: np.ndarray, shelves: list[list[int]], owned: set[int], rng: np.
         leaf = int(rng.choice(len(taste), p=taste))
         choice = [i for i in shelves[leaf] if i not in owned]
         if walk and rng.random() < 0.6:  # go on with the series, if a later volume is there
-            same_leaf = [i for i in shelves[walk[-1] % len(LEAVES)] if i > walk[-1] and i not in owned]
-            choice = [i for i in same_leaf if i // SERIES == walk[-1] // SERIES][:1] or choice
+            choice = _volumes(shelves, owned, walk[-1]) or choice
         if choice:
             fame = 1.0 / (1 + np.arange(len(choice)))
             walk.append(choice[int(rng.choice(len(choice), p=fame / fame.sum()))])

@@ -2,8 +2,7 @@
 
 Near its optimum v_star a stage's loss is 1/2 (v - v_star)^T Sigma (v - v_star); near the anchor the proximal term is
 lam/2 (v - v_prev)^T H (v - v_prev); their sum is Eq. 9. Prop. 1 minimises it; Prop. 3, Prop. 5 and Cor. 4 say which H
-the softmax-KL has. Training uses none of this: it is what the tests hold the penalty against.
-"""
+the softmax-KL has. Training uses none of this: it is what the tests hold the penalty against."""
 import torch
 from torch import Tensor
 
@@ -13,8 +12,7 @@ TOLERANCE = 1e-12  # an eigenvalue below this share of the matrix's largest coun
 
 
 def softmax_metric(v_prev: Tensor) -> Tensor:
-    """H = diag(p) - p p^T, p = softmax(v_prev): the softmax-KL's Hessian at the anchor (Eq. 44). (n,) -> (n, n)
-    It is symmetric positive semi-definite; its kernel is the constant vectors."""
+    """H = diag(p) - p p^T, p = softmax(v_prev): the softmax-KL's Hessian at the anchor (Eq. 44), PSD. (n,) -> (n, n)"""
     p = v_prev.double().softmax(0)  # (n,)
     return torch.diag(p) - torch.outer(p, p)  # (n, n)
 
@@ -40,15 +38,13 @@ def variance_form(delta: Tensor, p: Tensor) -> Tensor:
 def softmax_kl_remainder(deltas: list[Tensor], v_prevs: list[Tensor]) -> Tensor:
     """K(delta) - 1/2 delta^T H delta -> (), which is o(||delta||^2) by Prop. 3 (by Prop. 5 for one group).
     K is softmax_kl summed over groups. Paper: Eq. 13 and Eq. 14 have lam inside, Eq. 47 has not. Here: as Eq. 47."""
-    K = sum(softmax_kl(v_prev.double() + delta.double(), v_prev.double())
-            for delta, v_prev in zip(deltas, v_prevs, strict=True))
+    K = sum(softmax_kl(v.double() + d.double(), v.double()) for d, v in zip(deltas, v_prevs, strict=True))
     return K - quadratic_prox(torch.cat(deltas), block_metric(v_prevs))
 
 
 def proximal_minimiser(Sigma: Tensor, H: Tensor, v_star: Tensor, v_prev: Tensor, lam: float) -> Tensor:
     """Eq. 9's minimiser, v = (Sigma + lam H)^{-1} (Sigma v_star + lam H v_prev) (Eq. 28).
-    Sigma, H (m, m) symmetric positive semi-definite; v_star, v_prev (m,); lam > 0. ValueError for anything else, and
-    where Assumption 5 fails: then there are many minimisers."""
+    Sigma, H (m, m) symmetric PSD; v_star, v_prev (m,); lam > 0. ValueError for all else and without Assumption 5."""
     Sigma, H = Sigma.double(), H.double()
     _check_assumption_5(Sigma, H)
     if not 0 < lam < float("inf"):
@@ -60,12 +56,10 @@ def proximal_minimiser(Sigma: Tensor, H: Tensor, v_star: Tensor, v_prev: Tensor,
 def generalised_eigen(Sigma: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
     """Sigma q_k = rho_k H q_k, q_i^T H q_j = delta_ij: rho (k,) ascending, Q (m, k), k = rank(H).
 
-    Paper: "generalized eigenpairs on range(H)". Here, for singular H: q itself is not in range(H).
-    With N a basis of ker(H), Sigma q = rho H q forces N^T Sigma q = 0, so that
-        q = q_r - N (N^T Sigma N)^{-1} N^T Sigma q_r          for some q_r in range(H),
-    and rho belongs to the Schur complement Sigma - Sigma N (N^T Sigma N)^{-1} N^T Sigma. Eigenpairs of Sigma merely
-    restricted to range(H) violate Eq. 10. By Assumption 5 the inverse exists.
-    """
+    Paper: "generalized eigenpairs on range(H)". Here, for singular H: q itself is not in range(H). With N a basis of
+    ker(H), Sigma q = rho H q forces N^T Sigma q = 0, so q = q_r - N (N^T Sigma N)^{-1} N^T Sigma q_r for some q_r in
+    range(H), and rho belongs to the Schur complement Sigma - Sigma N (N^T Sigma N)^{-1} N^T Sigma. Eigenpairs of Sigma
+    merely restricted to range(H) violate Eq. 10. By Assumption 5 the inverse exists."""
     Sigma, H = Sigma.double(), H.double()
     _check_assumption_5(Sigma, H)
     h, V = torch.linalg.eigh(H)  # (m,), (m, m)
@@ -77,8 +71,7 @@ def generalised_eigen(Sigma: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def interpolation(rho: Tensor, lam: float) -> Tensor:
-    """rho / (rho + lam), the weight on v_star along q_k (Eq. 10; Eq. 11 with rho = sigma^2). The anchor v_prev has
-    the rest, lam / (rho + lam): all of it where the stage's data says nothing, rho = 0."""
+    """rho / (rho + lam), v_star's weight along q_k (Eq. 10; Eq. 11 with rho = sigma^2); v_prev has the rest."""
     return rho / (rho + lam)  # (k,)
 
 

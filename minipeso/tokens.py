@@ -3,8 +3,7 @@
 Release: one sequence per pair (history, target). Here: pairs of one user whose histories are prefixes of each other
 share one sequence. It holds the longest history once, the trunk, and behind it one branch of question and answer per
 pair. A mask keeps the branches apart, and positions count as if each pair stood alone: loss and gradient are those of
-the single pairs, at a fraction of the tokens.
-"""
+the single pairs, at a fraction of the tokens."""
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,17 +20,14 @@ QUESTIONS = {  # "paper" is Appendix D; "release" is the sentence in the authors
     "paper": FRAME.format("Based on the items that the user has interacted with: {items}, can you determine what item "
                           "would be recommended to the user next?"),
     "release": FRAME.format("The user has interacted with items {items} in chronological order. Can you predict the "
-                            "next possible item that the user may expect?"),
-}
+                            "next possible item that the user may expect?")}
 
 
 @dataclass(frozen=True)
 class Template:
     """preamble, item, separator, item, ..., tail -> answer, end: token ids around the items' codes.
 
-    Code c of level l is the one token first_token + l * n_codes + c.
-    Release: ids in the order of the sorted strings. Here: by arithmetic, which needs no vocabulary file.
-    """
+    Code c of level l is the one token first_token + l * n_codes + c. Release: in the order of the sorted strings."""
     preamble: tuple[int, ...]
     separator: tuple[int, ...]
     tail: tuple[int, ...]
@@ -56,8 +52,8 @@ class Template:
             raise ValueError("the tokenizer has no <|begin_of_text|> or no <|end_of_text|>\nits vocabulary has "
                              f"{tokenizer.get_vocab_size()} tokens\nuse the tokenizer.json of the Llama 3 checkpoint")
         before, after = QUESTIONS[style].split("{items}")
-        before, separator, after = (tuple(tokenizer.encode(piece, add_special_tokens=False).ids)
-                                    for piece in (before, ", ", after))
+        pieces = (before, ", ", after)
+        before, separator, after = (tuple(tokenizer.encode(s, add_special_tokens=False).ids) for s in pieces)
         first, end = tokenizer.get_vocab_size(), (marks[1],) if learn_end else ()
         return cls((marks[0], *before), separator, after, end, code_tokens(codes, n_codes, first), first, n_codes)
 
@@ -105,6 +101,7 @@ class Batch(NamedTuple):
     real: Tensor  # (n, l): False where padded
     pairs: int
     preamble: int = 0  # how many first tokens all sequences share, to be computed once
+    weight: float = 1.0  # of its mean in what is minimised: its pairs / the mean of all batches
 
 
 def sequences(examples: Iterable, template: Template, share: bool = True) -> list[TokenSequence]:
@@ -114,8 +111,7 @@ def sequences(examples: Iterable, template: Template, share: bool = True) -> lis
 
 
 def _chains(examples: Iterable, share: bool) -> list[list]:
-    """Runs of pairs in which each history is the one before and its target. A window that has begun to slide ends the
-    run: its items move to other positions, so nothing can be shared exactly."""
+    """Runs of pairs in which each history is the one before and its target. A window that slides ends the run."""
     chains: list[list] = []
     for example in examples:
         last = chains[-1][-1] if chains else None

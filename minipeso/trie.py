@@ -1,8 +1,9 @@
 """The trie of real items: which code may follow a prefix of codes.
 
-Release: "constrained" decoding allows any code of the level, so beams are spent on tuples that name
-no item. Here: a trie over the catalogue, so that every finished beam is a real item.
-"""
+Release: "constrained" decoding allows any code of the level, so beams are spent on tuples that name no item. Here: a
+trie over the catalogue, so that every finished beam is a real item."""
+import copy
+
 import torch
 from torch import Tensor
 
@@ -10,12 +11,9 @@ from torch import Tensor
 class Trie:
     """A prefix tree in flat arrays, built from codes (n_items, L) int; items with the same codes are one leaf.
 
-    The nodes of a level are numbered in the order of their prefixes, so the children of node s are
-    first[s] .. first[s + 1] - 1, and the number of the j-th child *is* first[s] + j: no table of next
-    states. State 0 is the root; a state at level L is the rank of the item's codes.
-    A step costs one gather, whatever the catalogue's size.
-    """
-
+    The nodes of a level are numbered in the order of their prefixes: the children of node s are first[s] ..
+    first[s + 1] - 1, and no table of next states is needed. State 0 is the root; a state at level L is the rank of the
+    item's codes. A step costs one gather, whatever the catalogue's size."""
     def __init__(self, codes: Tensor, n_codes: int = 256):
         codes = torch.as_tensor(codes).long()
         if codes.ndim != 2 or not codes.numel():
@@ -33,7 +31,11 @@ class Trie:
             self.code.append(keys % n_codes)  # (children,)
             self.width.append(int(self.first[-1].diff().max()))
             nodes = len(keys)
-        self.leaves = nodes  # different IDs
+        self.leaf, self.leaves = node, nodes  # of each item (n_items,); how many different IDs
+        self.below = [torch.arange(nodes + 1, device=codes.device)]  # node s has leaves below[s] .. below[s + 1] - 1
+        for first in self.first[:0:-1]:
+            self.below.insert(0, self.below[0][first])  # (children + 1,) per level
+        self.taken = None
 
     def step(self, state: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """The children of `state` (...,) at `level`: their codes and states, (..., width) each.
@@ -42,9 +44,20 @@ class Trie:
         child = first[state][..., None] + torch.arange(self.width[level], device=state.device)  # (..., width)
         exists = child < first[state + 1][..., None]
         child = child.clamp(max=len(self.code[level]) - 1)
+        if self.taken is not None:
+            start, end = (self.below[level][edge].flatten(1) for edge in (child, child + 1))  # (n, beams * width)
+            gone = torch.searchsorted(self.taken, end) - torch.searchsorted(self.taken, start)
+            exists = exists & (gone < end - start).view_as(child)
         return torch.where(exists, self.code[level][child], -1), child
 
+    def without(self, taken: Tensor) -> "Trie":
+        """The same for n users, row u of a state (n, beams) being user u's, less leaves of their own: taken (n, m),
+        sorted, filled up with `leaves`. A node without a leaf left is struck out: no beam is spent on a dead end."""
+        trie = copy.copy(self)
+        trie.taken = taken.to(self.code[0].device)
+        return trie
+
     def to(self, device) -> "Trie":
-        self.first = [t.to(device) for t in self.first]
-        self.code = [t.to(device) for t in self.code]
+        for name in ("first", "code", "below"):
+            setattr(self, name, [t.to(device) for t in getattr(self, name)])
         return self

@@ -1,8 +1,7 @@
 """Kills a run again and again: python -m tests.killer FOLDER KILLS SEED -> one line of JSON.
 
 One import of torch serves all starts: each is a fork that trains in FOLDER/run with --resume until SIGKILL comes at a
-random moment. A run that ends before is compared with an uninterrupted one, byte for byte, and begun anew.
-"""
+random moment. A run that ends before is compared with an uninterrupted one, byte for byte, and begun anew."""
 import contextlib
 import json
 import os

@@ -15,17 +15,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 import train
 from minipeso import config
 from minipeso.continual import choose_trainable, stage_data, train_stage
+from minipeso.files.release import write_release
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.runs.command import from_args
 from minipeso.runs.guard import guard
 from minipeso.runs.run import Run, begun
 from minipeso.semantic_ids import SemanticIDs
+from minipeso.stages import Stage
 from minipeso.synthetic import ADJECTIVES, DEPARTMENTS, LEAVES
 from minipeso.tokens import QUESTIONS
 
 MICRO = dict(world_users=60, world_items=60, stages=3, levels=2, codes=8, latent=4, rqvae_hidden=(16,), rqvae_epochs=2,
              text_width=16, shape=(16, 1, 2, 1, 16), base_epochs=1, base_lr=3e-3,
-             rank=2, lr=1e-3, later_lr=0.5, epochs=1, batch=8, beams=10, compare="single")
+             rank=2, lr=1e-3, later_lr=0.5, epochs=1, batch=8, beams=10, compare="single",
+             init=0.06, base_dropout=0.15, dropout=0.0, patience=4, warmup=0.05, weight_decay=0.05)  # pinned
 
 
 def micro(out: Path, **changes) -> config.Config:
@@ -132,14 +135,13 @@ def llama_checkpoint(folder: Path, texts: list[str], dtype: torch.dtype = torch.
 
 
 def blocks(folder: Path, stages: list[dict[int, list[int]]], codes: list[list[int]]) -> Path:
-    """The release's schema: {user: items} a stage, and the codes of every item."""
+    """The release's schema, from {user: items} of each stage and the codes of every item."""
     folder.mkdir(parents=True, exist_ok=True)
-    past: dict[int, list[int]] = {}
-    for k, stage in enumerate(stages):
-        block = {str(u): {"previous_block": past.get(u, []), "current_block": items} for u, items in stage.items()}
-        (folder / f"C.all.block_{k}.json").write_text(json.dumps(block))
+    past, made = {}, []
+    for number, stage in enumerate(stages, start=1):
+        made.append(Stage(number, {u: past.get(u, []) for u in stage}, stage))
         past |= {u: past.get(u, []) + items for u, items in stage.items()}
-    SemanticIDs(torch.tensor(codes)).save(folder / "C.index.json")
+    write_release(folder, "C", made, SemanticIDs(torch.tensor(codes)))
     return folder
 
 

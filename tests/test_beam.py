@@ -1,8 +1,7 @@
 """Beam search against scoring every item, a slow search that keeps no cache, and transformers' generate()."""
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from minipeso.beam import beam_search
@@ -48,9 +47,6 @@ def assert_best(codes: torch.Tensor, scores: torch.Tensor, want: list[tuple]) ->
     assert (codes[n:] == -1).all() and (scores[n:] == -torch.inf).all()
 
 
-# ---- what it finds
-
-
 @pytest.mark.parametrize("levels, items, first_token", [(4, 40, 1), (1, 5, 1), (2, 30, 11), (3, 1, 4)])
 @pytest.mark.parametrize("spare", [0, 7])
 def test_a_wide_beam_ranks_every_item(levels, items, first_token, spare):
@@ -68,8 +64,7 @@ def test_a_wide_beam_ranks_every_item(levels, items, first_token, spare):
 @given(items=st.integers(1, 60), levels=st.integers(1, 5), beams=st.integers(1, 12), seed=st.integers(0, 99),
        length=st.integers(1, 6))
 def test_a_narrow_beam_equals_a_slow_one(items, levels, beams, seed, length):
-    """Any width over any catalogue, items that share an ID among them: what a search gives that runs every prefix
-    from its start."""
+    """Any width, any catalogue, items that share an ID among them: what running every prefix from its start gives."""
     model, codes = model_for(levels, seed=seed % 3), catalogue(min(items, N_CODES**levels), levels, seed)
     prompt, = prompts([length], seed, 1 + levels * N_CODES)
     best, scores = beam_search(model, [prompt], Trie(torch.cat([codes, codes[:5]]), N_CODES), 1, beams)
@@ -100,29 +95,6 @@ def test_equal_to_transformers_generate(tmp_path, items, text):
     error = (scores - out.sequences_scores.view(6, 10)).abs().max()
     assert torch.equal(best, want), f"{(best != want).any(-1).sum()} of 60 items differ"
     assert error <= 1e-4, f"scores off by {error:.1e}"
-
-
-def test_scores_are_probabilities_of_the_whole_vocabulary():
-    """Over all items exp(score) sums to less than 1 (the rest is the probability of what is no item),
-    and over the complete code space to at most that of its own tokens: nothing is renormalised."""
-    model = model_for(2, text=5)
-    some, every = catalogue(10, 2), catalogue(N_CODES**2, 2)
-    prompt = prompts([6])
-    sums = [beam_search(model, prompt, Trie(c, N_CODES), 5, beams=len(c))[1].exp().sum().item() for c in (some, every)]
-    first = model(prompt[0][None])[0, -1].softmax(-1)[5:5 + N_CODES].sum().item()
-    assert 0 < sums[0] < sums[1] < first < 1, f"{sums}, first codes {first}"
-
-
-def test_uneven_branches():
-    """Prefixes with one child beside prefixes with many: dead ends are neither kept nor counted."""
-    codes = torch.tensor([[0, 0, 0], *([1, a, b] for a in range(3) for b in range(8)), [2, 5, 1], [7, 7, 7]])
-    model, batch = model_for(3), prompts([4, 9, 2], seed=1)
-    best, scores = beam_search(model, batch, Trie(codes, N_CODES), 1, beams=40)
-    for i, prompt in enumerate(batch):
-        assert_best(best[i], scores[i], ranked(model, prompt, codes, 1))
-
-
-# ---- what must not matter
 
 
 def test_prompts_of_any_lengths_are_as_each_alone():
@@ -157,14 +129,12 @@ def test_adapters_and_new_tokens_take_part():
 
 
 def test_bfloat16_models_score_in_float32():
-    """Scores add up in float32 whatever the weights, close to the float32 model's own, without a gradient."""
+    """Scores add up in float32 whatever the weights, finer than bfloat16's digits, near the float32 model's own."""
     batch, trie = prompts([8, 3]), Trie(catalogue(100), N_CODES)
     scores = [beam_search(model_for(dtype=dtype), batch, trie, 1)[1] for dtype in (torch.bfloat16, torch.float32)]
     assert all(s.dtype == torch.float32 and not s.requires_grad for s in scores)
-    assert (scores[0] - scores[1]).abs().max() < 0.5, f"{(scores[0] - scores[1]).abs().max():.3f} apart"
-
-
-# ---- what is computed once
+    assert ((1024 * scores[0]) % 1 != 0).float().mean() > 0.9, "multiples of 2^-10: log p of 8 significant bits"
+    assert (scores[0] - scores[1]).abs().max() < 0.1, f"{(scores[0] - scores[1]).abs().max():.3f} apart"
 
 
 @pytest.mark.parametrize("length", [2, 5, 99])
@@ -185,8 +155,7 @@ def test_a_common_preamble_is_computed_once(length):
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6's FakeTensor cannot split an empty tensor")
 @pytest.mark.parametrize("preamble", [0, 3])
 def test_no_value_is_waited_for(preamble):
-    """Decoding runs to its end on tensors that have shapes and no values: nothing is read back from the device, so
-    a GPU is never waited for between levels."""
+    """Decoding runs to its end on tensors without values: nothing is read back, so a GPU is never waited for."""
     model, trie = model_for(dtype=torch.float32), Trie(catalogue(200), N_CODES)
     with FakeTensorMode(allow_non_fake_inputs=True):
         batch = [torch.zeros(length, dtype=torch.long) for length in (7, 4, 12)]

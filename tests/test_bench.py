@@ -1,20 +1,14 @@
 """The benchmark compares like with like: the same loss, gradients, items and scores on both sides."""
 import re
 import sys
-from collections import Counter
 from dataclasses import replace
-from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
-from minipeso.config import resolve
 from minipeso.llama import LlamaConfig
 from minipeso.lora import adapters
 from minipeso.runs.guard import guard
-from minipeso.runs.setup import llama_config
-from minipeso.tokens import Template
 from minipeso.trie import Trie
 from tests.bench import __main__ as bench
 from tests.bench import files, growth, llama, race, small, trie
@@ -60,45 +54,6 @@ def test_training_is_compared_on_equal_losses_and_gradients(changes, one_pair):
     assert torch.stack([(p - q).abs().max() for p, q in both]).median() <= 1e-6
 
 
-def test_gradients_are_compared_even_with_equal_losses():
-    """The loss a b is the same with the factors exchanged, its gradient is not."""
-    def contender(a: float, b: float):
-        model = torch.nn.ParameterList(torch.nn.Parameter(torch.tensor([float(x)])) for x in (a, b))
-        return model, lambda factor: (factor * model[0] * model[1]).sum()
-    assert race.same_training([contender(2, 3), contender(2, 3)], [1.0, 2.0]) == [0, 0]
-    for peer, message in ((contender(3, 2), "loss differs by 0.0e.00, gradient by"), (contender(2, torch.nan), "nan")):
-        with pytest.raises(FloatingPointError, match=message):
-            race.same_training([contender(2, 3), peer, contender(2, 3)], [1.0, 2.0])
-
-
-def test_other_items_are_noticed_even_with_equal_scores():
-    """The order of near ties is free, the set of items is not."""
-    items, scores = torch.arange(12).reshape(1, 3, 4), torch.tensor([[-1.0, -1.0, -2.0]])
-    assert llama.same_search(items, scores, items[:, [1, 0, 2]], scores) == 0
-    for other, theirs, message in ((items + torch.tensor([0, 0, 0, 1]), scores, "1 of 1 users"),
-                                   (items, scores + 1e-3, "scores 1.0e-03 apart"), (items, scores * torch.nan, "nan")):
-        with pytest.raises(FloatingPointError, match=message):
-            llama.same_search(items, scores, other, theirs)
-
-
-def test_the_tiny_shape_is_that_of_the_command_line():
-    assert llama.SHAPES["tiny"] == llama_config(resolve({"base": "tiny"}))
-
-
-def test_users_are_like_amazons_and_batches_those_of_an_epoch():
-    """Users of 5 items and more, 7.5 in the mean, two held out; each whole in one batch, with others of like length."""
-    drawn = llama.draw_pairs(1000, users=4000, seed=0)
-    pairs = list(Counter(pair.user for pair in drawn).values())
-    assert min(pairs) == 3 and abs(np.mean(pairs) - llama.PAIRS) < 0.2 and max(len(pair.history) for pair in drawn) < 20
-    template = Template((0, 1), (), (2,), (), trie.catalogue(500).long().numpy() + 3, 3, 256)
-    made = [Counter(map(repr, batch)) for batch in llama.like_length(template, users=6, steps=32)]
-    of_user = [Counter(re.findall(r"user=(\d+)", " ".join(batch))) for batch in made]
-    users, drawn = {user for counts in of_user for user in counts}, llama.draw_pairs(500, 6 * 32, 0)
-    assert sum(made, Counter()) == Counter(repr(pair) for pair in drawn if str(pair.user) in users)
-    assert sum(map(len, of_user)) == len(users) > 0.85 * 6 * 32 and 28 < np.mean([len(batch) for batch in made]) < 38
-    assert np.median([np.ptp(list(counts.values())) for counts in of_user]) <= 2
-
-
 def test_contenders_take_turns_and_ratios_are_of_rounds():
     """One round to warm up, then the order reversed each time; a peer at 2, 4, 3 times ours is 3 x ours [2, 4]."""
     calls = []
@@ -108,14 +63,6 @@ def test_contenders_take_turns_and_ratios_are_of_rounds():
     ours, peer = race.table({name: list(rounds) for name, rounds in made.items()}, 10, "examples").splitlines()
     assert ours.split()[1:] == "1,000.000 ms 10.0 examples/s 1.00 x ours [1.00, 1.00]".split()
     assert peer.split()[1:] == "2,000.000 ms 5.0 examples/s 3.00 x ours [2.00, 4.00]".split()
-
-
-def test_memory_is_what_a_run_needs_and_a_failing_child_is_an_error():
-    """A run that fills 64 MiB needs 64 MiB, whatever was resident before, in a process of its own."""
-    took = race.child((tuple, [partial(torch.ones, 2**24), len]))
-    assert 60 * 2**20 < took.above < 80 * 2**20 < took.peak and took.made == 2**24 and took.seconds > 0
-    with pytest.raises(ValueError, match="nobody"):
-        race.child((int, "nobody"))
 
 
 @pytest.mark.parametrize("line, message", [("train --rounds 0", "--rounds is out of range\nfound 0"), ("fly", "choose"),

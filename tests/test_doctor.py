@@ -24,7 +24,7 @@ def examine(cwd: Path, **env: str) -> str:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     env = clean | {"HF_HOME": str(cwd / "cache"), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"} | env
     command = [sys.executable, "-m", "minipeso.runs.doctor"]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and SECRET not in done.stdout + done.stderr, done.stderr
     for line, after in zip(done.stdout.splitlines(), done.stdout.splitlines()[1:]):
         assert line.startswith("amiss") == after.strip().startswith("->"), f"{line}\n{after}"
@@ -60,15 +60,6 @@ def test_the_packages_are_those_of_the_project():
     """All that pyproject.toml needs, and none of its extras."""
     needed = re.search(r"\ndependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)[1]
     assert [name for name, *_ in doctor.packages()] == re.findall(r'"([\w-]+)>=', needed)
-
-
-@pytest.mark.parametrize("version, fine", [("2.6", True), ("2.13.0+cpu", True), ("2.10.1rc1", True), ("2.5.1", False),
-                                           ("1.13", False)])
-def test_versions_are_compared_as_numbers(version, fine, monkeypatch):
-    """2.13 is later than 2.6."""
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "torch" else "99.0")
-    remedies = {name: remedy for name, _, remedy, _ in doctor.packages()}  # torch>=2.6
-    assert bool(remedies["torch"]) != fine and not remedies["numpy"]
 
 
 @pytest.mark.parametrize("missing", ["numpy", "minipeso"])

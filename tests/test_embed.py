@@ -43,7 +43,7 @@ def test_terms():
 def test_tf_idf_is_the_textbook_formula():
     """Every entry equals the weight computed by counting; terms of one document are left out."""
     documents = [terms(text) for text in titles(25)] + [["only", "here"], []]
-    matrix, slow = tf_idf(documents).to_dense().numpy(), slow_tf_idf(documents)
+    matrix, slow = tf_idf(documents, range(27)).to_dense().numpy(), slow_tf_idf(documents)
     vocabulary = sorted({term for row in slow for term in row})
     want = np.array([[row.get(term, 0) for term in vocabulary] for row in slow])
     assert matrix.shape == want.shape and np.abs(matrix - want).max() < 1e-6
@@ -66,8 +66,24 @@ def test_subspace_iteration_finds_the_singular_vectors():
     want /= np.linalg.norm(want, axis=1, keepdims=True)
     matrix = torch.from_numpy(U * S @ V.T).float()
     for seed in (0, 1):
-        got = left_singular(matrix, 10, seed)
+        got = left_singular(matrix, 10, seed, np.arange(200))
         assert got.shape == (200, 10) and np.abs(np.abs(got) - np.abs(want)).max() < 1e-3
+
+
+def test_fitted_on_the_first_texts_alone():
+    """The vectors of the first are those they have alone, whatever comes later; a later one's cosines are those of its
+    tf-idf row by the first's weights; one that shares no word with them is zero."""
+    texts = sorted(set(titles(40)))
+    alone = title_vectors(texts[:25], dim=25)
+    both = title_vectors([*texts[::-1], "unheard of"], dim=25, first=range(len(texts) - 25, len(texts)))[::-1]
+    np.testing.assert_allclose(both[1:26] @ both[1:26].T, alone @ alone.T, atol=1e-5)
+    assert not both[0].any() and np.allclose(np.linalg.norm(both[1:], axis=1), 1)
+    documents = [terms(text) for text in texts]
+    matrix = tf_idf(documents, range(25)).to_dense().numpy().astype(float)
+    basis = np.linalg.svd(matrix[:25])[2][:np.linalg.matrix_rank(matrix[:25])]  # the first's row space
+    rows = matrix @ basis.T
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(both[1:] @ both[1:].T, rows @ rows.T, atol=1e-4)
 
 
 @given(st.lists(st.text(alphabet="abc é-", max_size=12), max_size=25), st.randoms())
@@ -98,7 +114,7 @@ def test_a_row_of_rounding_gets_no_direction(scale):
     matrix = torch.zeros(43, 9)
     matrix[:40, :6] = torch.from_numpy(rows)
     matrix[41, 6], matrix[42, 7], matrix[42, 0] = 1.0, 1.0, 1e-2
-    vectors = left_singular(scale * matrix, 6, seed=0)
+    vectors = left_singular(scale * matrix, 6, 0, np.arange(43))
     assert not vectors[40:42].any() and np.abs(np.linalg.norm(vectors[42]) - 1) < 1e-6
     cosines = rows @ rows.T / np.outer(*2 * [np.linalg.norm(rows, axis=1)])
     assert np.abs(vectors[:40] @ vectors[:40].T - cosines).max() < 1e-4

@@ -11,7 +11,7 @@ from minipeso.config import Config
 from minipeso.lora import adapters, inject
 from minipeso.rivals import evorec, sasrec
 from minipeso.rivals.evorec import EvoRec, freeze_others, kept, locate
-from minipeso.stages import Stage, examples, inactive
+from minipeso.stages import Stage
 from minipeso.tokens import Template
 from tests.reference import toy_llama
 
@@ -31,13 +31,14 @@ def stages() -> list[Stage]:
 
 
 class FakeRun:
-    """What evorec.learn asks of a run, in memory. Seven layers, of which floor(0.3 x 7) = 2 are located."""
+    """What evorec.learn asks of a run, in memory. Seven layers, of which round(0.32 x 7) = 2 are located."""
 
     def __init__(self, **rivals):
         self.cfg = Config(lr=1e-2, later_lr=0.5, epochs=1, batch=8, rivals={"filter_epochs": 2} | rivals)
         self.template = Template.short(torch.randint(8, (N_ITEMS, 2), generator=torch.Generator().manual_seed(0)), 8)
         self.stages, self.n_items, self.ranks, self.done, self.shown = stages(), N_ITEMS, {"evorec": {}}, {}, {}
         self.model = toy_llama(dtype=torch.float32, num_hidden_layers=7)
+        self.model.grow(2, torch.Generator().manual_seed(2), std=0.1)  # new tokens' rows, which must stay
         inject(self.model, 2, 4.0, dropout=0.1, generator=torch.Generator().manual_seed(1))
         self.log = lambda name: lambda record: None
         self.epochs = lambda phase: EPOCHS
@@ -66,7 +67,8 @@ def test_located_layers_are_those_of_a_loop_over_users():
         similar = [F.cosine_similarity(a, b, dim=0).item() for a, b in zip(*means)]
         votes[similar.index(min(similar))] += 1
     wanted = sorted(sorted(range(7), key=lambda k: (-votes[k], k))[:2])
-    assert sum(votes) == 12 and locate(run.model, stage, run.template, run.cfg, 0.3) == wanted
+    some = [locate(run.model, stage, run.template, run.cfg, share) for share in (0.32, 0, 0.4, 1)]
+    assert sum(votes) == 12 and some[0] == wanted and [len(layers) for layers in some[1:]] == [1, 3, 7]
 
 
 def test_kept_by_hand():
@@ -92,9 +94,11 @@ def test_the_filter_drops_what_does_not_belong():
 
 
 def test_forgetting_shortens_histories_and_nothing_else(monkeypatch):
-    """Histories are subsequences, shorter by the share, newest three kept; the filter learns training items alone."""
-    seen, before = [], stages()[1]
+    """Histories are subsequences, shorter by the share, newest three kept; the filter learns training items alone, and
+    scores what users have had by the last of them."""
+    seen, before, scored, relevance = [], stages()[1], [], evorec.relevance
     monkeypatch.setattr(evorec, "fit", lambda model, carts, *rest: seen.append(carts))
+    monkeypatch.setattr(evorec, "relevance", lambda model, carts: scored.append(carts) or relevance(model, carts))
     after = EvoRec(N_ITEMS, FakeRun(evo_forget=0.5).cfg).forget(stages()[:2])
     assert after.current == before.current and after.number == 2
     for user, past in before.history.items():
@@ -102,6 +106,7 @@ def test_forgetting_shortens_histories_and_nothing_else(monkeypatch):
         assert all(item in there for item in shorter) and shorter[-3:] == past[-3:]
         assert len(shorter) == len(past) - min(len(past) // 2, max(len(past) - 3, 0))
     assert seen == [[stage.history[u] + stage.current[u][:-2] for u in stage.users] for stage in stages()[:2]]
+    assert scored == [[past + before.current[u][:-2] for u, past in before.history.items() if past]]
 
 
 def test_relevance_and_padding():
@@ -149,7 +154,6 @@ def test_a_run_ranks_on_shortened_histories_and_goes_on_to_the_same_bits(monkeyp
 
 
 OTHER = {"evo_layers": 0.6, "evo_forget": 0.6, "evo_newest": 0, "filter_epochs": 0}
-EVO_FIELDS = list(OTHER)
 
 
 @pytest.mark.parametrize("field, value", [*OTHER.items()])
@@ -158,18 +162,3 @@ def test_every_evorec_setting_is_alive(field, value):
     before, after = FakeRun(evo_forget=0.4), FakeRun(**{"evo_forget": 0.4, field: value})
     evorec.learn(before, "evorec"), evorec.learn(after, "evorec")
     assert not all(torch.equal(value, after.done[3][name]) for name, value in before.done[3].items())
-
-
-def test_inactive_users_are_the_earlier_ones():
-    """Everybody of D_1 .. D_{t-1} who is not in D_t, once, with the test question of the last stage that had them."""
-    one, two, three = stages()
-    last = {user: stage for stage in (one, two) for user in stage.users if user not in three.users}
-    wanted = [e for user, stage in sorted(last.items()) for e in examples(stage, "test") if e.user == user]
-    assert inactive([one, two, three]) == wanted and len(wanted) == 18
-
-
-def test_a_whole_run_ranks_every_stage(tmp_path):
-    from tests.micro import fingerprint, micro, run
-    run(micro(tmp_path, method="evorec", compare="", shape=(16, 4, 2, 1, 16), world_users=120,
-              rivals={"filter_epochs": 1}))
-    assert list(fingerprint(tmp_path)["results.json"]["stages"]) == ["1", "2", "3"]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -119,8 +120,6 @@ def halfway(killed_halfway, tmp_path) -> Path:
     return shutil.copytree(killed_halfway, tmp_path / "copy")
 
 
-# -- interruption and resumption -----------------------------------------------------------------------
-
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_random_kills_end_in_the_same_bytes(kills, tmp_path):
     """SIGKILL at random moments, --resume: every byte of the uninterrupted run, and no unfinished file."""
@@ -132,7 +131,7 @@ def test_random_kills_end_in_the_same_bytes(kills, tmp_path):
 
 
 def test_every_epoch_of_every_kind_of_method_can_be_gone_on_from(tmp_path, monkeypatch):
-    """D_0, D_1 with dropout and rows, sums of adapters, learnt magnitudes, InfLoRA's memory, a restart, EvoRec."""
+    """The base, D_1 with dropout and rows, sums of adapters, learnt magnitudes, InfLoRA's memory, a restart, EvoRec."""
     methods = ["sumlora-all", "sdlora-latest-inherit", "inflora-all", "retrain", "evorec", "peso"]
     settings = dict(epochs=2, base_epochs=2, compare=",".join(methods), lam=1e4, rivals={"evo_layers": 1.0})
     run(micro(tmp_path / "whole", **settings))
@@ -140,6 +139,16 @@ def test_every_epoch_of_every_kind_of_method_can_be_gone_on_from(tmp_path, monke
     until_done(tmp_path / "run", tmp_path / "whole", **settings)
     phases = ["semantic-ids", "base", "LoRA-stage-1", *(f"{name}-stage-{t}" for name in methods for t in (2, 3))]
     assert killed == [(phase, epoch) for phase in phases for epoch in (1, 2)]
+
+
+def test_patience_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Killed after every epoch, also while it waits for a new best: it ends as early, in the same bytes."""
+    settings = dict(stages=2, compare="", epochs=9, base_epochs=9, patience=2, lr=0.3, base_lr=0.3)
+    run(micro(tmp_path / "whole", **settings))
+    killed = kill_after_saving(monkeypatch)
+    until_done(tmp_path / "run", tmp_path / "whole", **settings)
+    ends = Counter(phase for phase, _ in killed if phase != "semantic-ids")
+    assert ends.keys() == {"base", "LoRA-stage-1", "peso-stage-2"} and 3 <= min(ends.values()) < 9, ends
 
 
 def test_every_epoch_of_the_rqvae_can_be_gone_on_from(tmp_path, monkeypatch):
@@ -254,8 +263,6 @@ def test_a_second_signal_or_one_outside_an_epoch_ends_at_once(monkeypatch):
             assert left == codes
 
 
-# -- the same run, or none -----------------------------------------------------------------------------
-
 @pytest.mark.parametrize("change", [{"lam": 3.0}, {"lr": 2e-3}, {"seed": 1}, {"epochs": 4}, {"method": "single"}])
 def test_a_changed_setting_is_refused_by_name(change, killed_halfway, capsys):
     """The flag with both values; nothing is touched."""
@@ -265,11 +272,11 @@ def test_a_changed_setting_is_refused_by_name(change, killed_halfway, capsys):
 
 
 def test_what_does_not_change_the_numbers_may_change(halfway, whole):
-    """--eval-batch and --threads, the folder's own name and place, and what others have put into it."""
+    """--threads, the folder's own name and place, and what others have put into it."""
     moved = halfway.rename(halfway.with_name("elsewhere with spaces ü"))
     for place in ("checkpoints", "checkpoints/LoRA-stage-1"):
         (moved / place / "notes.txt").write_text("mine")
-    goes_on(moved, whole, eval_batch=7, threads=1)
+    goes_on(moved, whole, threads=1)
 
 
 def test_a_method_can_be_added(whole, tmp_path, monkeypatch):
@@ -318,7 +325,7 @@ def test_one_process_per_folder(tmp_path, capsys):
 
 def test_a_finished_run_prints_its_results_and_does_nothing(whole):
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
-    assert "peso - single" in run(small(whole, resume=True))
+    assert "- single [95 %]" in run(small(whole, resume=True))
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
 
 
@@ -336,7 +343,8 @@ def test_checkpoints_are_kept_bounded(tmp_path):
     run(micro(tmp_path, stages=4, compare=""))
     names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert names == {"semantic-ids", "base", "LoRA-stage-1", "peso-stage-3", "peso-stage-4"}
-    ranks = json.loads((tmp_path / "ranks.json").read_text())
+    ranks, absent = (json.loads((tmp_path / name).read_text()) for name in ("ranks.json", "absent.json"))
+    ranks |= {t: ranks[t] + some for t, some in absent.items()}
     assert load_checkpoint(tmp_path / "checkpoints" / "peso-stage-4")[1]["ranks"] == ranks
 
 
@@ -352,8 +360,6 @@ def test_saving_costs_2_percent_of_the_time(monkeypatch, tmp_path):
         made.save("base", progress)
     assert saved[0] == 2 and 19 <= len(saved) <= 21
 
-
-# -- damage, numbers, disk, environment ----------------------------------------------------------------
 
 @pytest.mark.parametrize("place", ["peso-stage-3.epoch-2", "peso-stage-2", "LoRA-stage-1"])
 @pytest.mark.parametrize("file", ["state.safetensors", "facts.json", "manifest.json"])

@@ -1,8 +1,7 @@
 """The shape of the code: who may import whom, and how large anything may be.
 
 The budgets below are the sizes that were reached, rounded up to 50. They may only be lowered: a feature pays for its
-lines by what it lets one delete.
-"""
+lines by what it lets one delete."""
 import ast
 import re
 import statistics
@@ -16,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minipeso"
 WINGS = {"files": {"", "files"}, "rivals": {"", "rivals"}, "runs": {"", "files", "runs"},  # who may import from where
          "experiments": {"", "files", "runs", "rivals", "experiments"}}
-LINES = {"": 2500, "files": 850, "runs": 1450, "rivals": 850, "experiments": 550}
+LINES = {"": 2500, "files": 850, "runs": 1450, "rivals": 850, "experiments": 500}
 READING_PATH = ("minipeso.lora", "minipeso.proximal", "minipeso.objective", "minipeso.continual", "train")
 MATHS = ("lora", "proximal", "objective", "theory", "llama", "rqvae", "tokens", "beam", "trie")
 SHAPE = re.compile(r"\((?:[\w.+*/ -]+, ?)+[\w.+*/ -]*\)|\(\)")
@@ -178,4 +177,4 @@ def test_the_readme_names_what_there_is():
                 assert any(path.match(f"*/{word}") for path in sources), (page.name, word)
             elif f"minipeso.{module}" in FILES and name not in ("", "py", "json", "jsonl"):
                 source = sources[FILES[f"minipeso.{module}"]]
-                assert re.search(rf"^ *(def|class) {name}\b", source, re.M), (page.name, word)
+                assert re.search(rf"^ *((def|class) )?{name}\b", source, re.M), (page.name, word)

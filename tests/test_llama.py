@@ -90,31 +90,6 @@ def test_old_and_new_config_give_the_same_model(tmp_path, kind):
     assert LlamaConfig.from_dict(ONE_B | {"rope_scaling": None}).rope_parameters == {"rope_theta": 500000.0}
 
 
-def test_the_1b_shape_has_its_parameters():
-    """1,235,814,400 with a tied head, counted without storage; the 3B shape has 3,212,749,824."""
-    three_b = ONE_B | {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128}
-    for config, want in ((ONE_B, 1_235_814_400), (three_b, 3_212_749_824)):
-        with torch.device("meta"):
-            model = Llama(LlamaConfig.from_dict(config))
-        assert sum(p.numel() for p in model.parameters()) == want
-
-
-@pytest.mark.parametrize("name", [*TOY, *sorted(TOY["rope_parameters"].keys() - {"rope_type"})])
-def test_a_missing_field_is_named(name):
-    """No field has a default, nor has one of the rotary parameters."""
-    without = lambda fields: {k: v for k, v in fields.items() if k != name}  # noqa: E731
-    with pytest.raises(ValueError, match=name):
-        LlamaConfig.from_dict(without(TOY | {"rope_parameters": without(TOY["rope_parameters"])}))
-
-
-@pytest.mark.parametrize("field, value, word", [
-    ("attention_bias", True, "True"), ("mlp_bias", True, "True"), ("hidden_act", "gelu", "gelu"),
-    ("num_key_value_heads", 3, "4 heads"), ("rope_parameters", TOY["rope_parameters"] | {"rope_type": "yarn"}, "yarn")])
-def test_what_is_not_supported_is_named(field, value, word):
-    with pytest.raises(ValueError, match=word):
-        LlamaConfig.from_dict(TOY | {field: value})
-
-
 def test_llama3_scaling_has_the_golden_speeds():
     """The 1B config's speeds are transformers' inv_freq; with factor 8, as Meta's code has it, they are not."""
     rope = LlamaConfig.from_dict(ONE_B).rope_parameters

@@ -6,15 +6,11 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from minipeso.metrics import average, gains, hit_at, hits, ndcg_at, paired_interval, summary
+from minipeso.metrics import average, bootstrap_interval, gains, hit_at, hits, ndcg_at, summary
 from tests.conftest import draws
 
 RANKS = torch.tensor([1, 0, 3, 5, 6, 10, 11, 0])
 some_ranks = st.lists(st.integers(0, 12), min_size=1, max_size=30).map(torch.tensor)
-
-
-def coins(n: int, p: float, seed: int) -> torch.Tensor:
-    return (torch.rand(n, generator=torch.Generator().manual_seed(seed)) < p).double()
 
 
 def test_a_hand_worked_table():
@@ -37,20 +33,13 @@ def test_summary_is_the_means_and_the_standard_error(ranks):
     before = ranks.clone()
     row = summary(ranks)
     assert torch.equal(ranks, before)
-    hit = [[1.0 if 1 <= r <= k else 0.0 for r in ranks.tolist()] for k in (5, 10)]
+    hit = [[1.0 if 1 <= r <= k else 0.0 for r in ranks.tolist()] for k in (5, 10, 1)]
     gain = [[1 / math.log2(r + 1) if 1 <= r <= k else 0.0 for r in ranks.tolist()] for k in (5, 10)]
-    want = {"users": len(ranks), "hit@5": np.mean(hit[0]), "hit@10": np.mean(hit[1]),
+    want = {"users": len(ranks), "hit@1": np.mean(hit[2]), "hit@5": np.mean(hit[0]), "hit@10": np.mean(hit[1]),
             "ndcg@5": np.mean(gain[0]), "ndcg@10": np.mean(gain[1])}
     if len(ranks) > 1:  # one user says nothing about the others
         want["se_hit@10"] = np.std(hit[1], ddof=1) / len(ranks)**0.5
     assert {k: v for k, v in row.items() if v is not None} == pytest.approx(want, abs=1e-14)
-
-
-def test_a_stage_without_users_has_no_numbers():
-    """None, not 0 and not nan: nothing was measured."""
-    row = summary(torch.zeros(0, dtype=torch.long))
-    assert row == {"users": 0, "hit@5": None, "hit@10": None, "ndcg@5": None, "ndcg@10": None, "se_hit@10": None}
-    assert average([row, row]) == {k: None for k in row if k != "users"} == average([])
 
 
 def test_average_weighs_stages_alike_and_leaves_out_empty_ones():
@@ -60,54 +49,53 @@ def test_average_weighs_stages_alike_and_leaves_out_empty_ones():
     before = [dict(row) for row in rows]
     mean = average(rows)
     assert rows == before and mean.keys() == many.keys() - {"users"}
-    for name in ("hit@5", "hit@10", "ndcg@5", "ndcg@10"):
+    for name in ("hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10"):
         assert mean[name] == pytest.approx((many[name] + few[name]) / 2, abs=1e-14)
     assert mean["se_hit@10"] == pytest.approx(math.hypot(many["se_hit@10"], few["se_hit@10"]) / 2, abs=1e-14)
     one_user = summary(RANKS[:1])  # no standard error of its own
     assert average([one_user, few])["se_hit@10"] == pytest.approx(few["se_hit@10"] / 2)
 
 
+def loop(strata: list[np.ndarray], rng, both: bool = False, draws: int = 4000) -> tuple[np.ndarray, float]:
+    """The ends and the spread of a resampling one by one: users, and seeds by Student's t or, both, drawn as well."""
+    K, means = len(strata[0]), []
+    sd = 0.0 if both or K == 1 else np.mean([s.mean(1) for s in strata], 0).std()  # with K, not K - 1
+    for _ in range(draws):
+        seeds = rng.integers(0, K, K) if both else np.arange(K)
+        mean = np.mean([s[seeds][:, rng.integers(0, s.shape[1], s.shape[1])].mean() for s in strata])
+        means.append(mean + sd * rng.standard_normal() / math.sqrt(rng.chisquare(max(K - 1, 1))))
+    return np.quantile(means, [0.025, 0.975]), np.std(means)
+
+
 @pytest.mark.parametrize("kind", ["hits", "gains", "real"])
-def test_interval_equals_a_bootstrap_loop(kind):
-    """Resampling user by user with numpy gives the same ends, to the noise of 4,000 draws."""
-    n, rng = 150, np.random.default_rng(5)
-    r, s = torch.from_numpy(rng.integers(0, 12, (2, n)))
-    a, b = {"hits": (hits(r, 10), hits(s, 5)), "gains": (gains(r, 10), gains(s, 10)),
-            "real": torch.from_numpy(rng.normal(size=(2, n)))}[kind]
-    difference, means = (a - b).numpy(), []
-    for _ in range(4000):
-        means.append(np.mean([difference[i] for i in rng.integers(0, n, n)]))
-    want, noise = np.quantile(means, [0.025, 0.975]), np.std(means)
-    got = paired_interval(a, b, draws=4000)
+@pytest.mark.parametrize("K, sizes", [(1, (150,)), (1, (40, 15)), (5, (60, 25)), (7, (30,))])
+def test_interval_equals_a_loop(kind, K, sizes):
+    """Against drawing user by user with another generator, Student's t from a normal and a chi-square: the same ends,
+    to the noise of the draws; stages weigh the same."""
+    rng, strata = np.random.default_rng(5), []
+    for n in sizes:
+        r, s = torch.from_numpy(rng.integers(0, 12, (2, K, n)))
+        strata.append({"hits": hits(r, 10) - hits(s, 5), "gains": gains(r, 10) - gains(s, 10),
+                       "real": torch.from_numpy(rng.normal(size=(K, n)))}[kind])
+    want, noise = loop([s.numpy() for s in strata], rng)
+    got = np.array(bootstrap_interval(strata, draws=4000))
     assert np.abs(got - want).max() < 0.15 * noise, f"{got} against {want}, sd of the mean {noise}"
-    assert got[0] < difference.mean() < got[1]
+    assert got[0] < np.mean([s.mean() for s in strata]) < got[1]
 
 
 def test_interval_covers_the_truth_in_95_of_100():
-    """Over 400 pairs of methods whose true difference is 0.1, the interval holds it as often as it says."""
-    inside = 0
-    for seed in range(400):
-        low, high = paired_interval(coins(300, 0.4, 2 * seed), coins(300, 0.3, 2 * seed + 1), 500, seed)
-        inside += low <= 0.1 <= high
-    assert 0.915 <= inside / 400 <= 0.98, f"{inside} of 400"
-
-
-def test_interval_is_antisymmetric_and_paired():
-    """Swapping the methods mirrors it; pairing makes it narrower than the users' own spread would."""
-    a = coins(400, 0.5, 1)
-    b = torch.cat([1 - a[:8], a[8:]])
-    (low, high), back = paired_interval(a, b), paired_interval(b, a)
-    assert (-back[1], -back[0]) == pytest.approx((low, high), abs=0.003)
-    assert paired_interval(a, a) == (0.0, 0.0) and low < (a - b).mean() < high
-    assert high - low < 0.05 < 3.92 * (2 * 0.25 / 400)**0.5 / 2, "half of an unpaired one"
-
-
-def test_interval_depends_on_its_seed_alone():
-    """Equal calls are equal, torch's and numpy's global states neither matter nor move."""
-    a, b = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
-    states = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first = paired_interval(a, b, seed=3)
-    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
-    assert paired_interval(a, b, seed=3) == first != paired_interval(a, b, seed=4)
-
-
+    """How often it holds a true difference of 0.1: of coin flips of one seed; of three seeds that differ, by little or
+    by more than users do, where a bootstrap of seeds and users is too narrow and one of users alone means nothing."""
+    rng, trials = np.random.default_rng(0), 200
+    coins = [torch.from_numpy(rng.binomial(1, 0.4, (1, 300)) - rng.binomial(1, 0.3, (1, 300))) for _ in range(trials)]
+    inside = {"one seed": [bootstrap_interval([x], 500, i) for i, x in enumerate(coins)]}
+    for sd in (0.01, 0.2):
+        users, noise = rng.normal(0.1, 0.3, (trials, 2, 1, 60)), rng.normal(0, 0.3, (trials, 2, 3, 60))
+        worlds = users + noise + rng.normal(0, sd, (trials, 1, 3, 1))  # (trials, stages, seeds, users)
+        inside[f"t, {sd}"] = [bootstrap_interval([*torch.from_numpy(x)], 300, i) for i, x in enumerate(worlds)]
+        alone = (torch.from_numpy(x.mean(1, keepdims=True)) for x in worlds[:60])
+        inside[f"users, {sd}"] = [bootstrap_interval([*x], 300) for x in alone]
+        inside[f"both, {sd}"] = [loop(list(x), rng, True, 200)[0] for x in worlds[:60]]
+    share = {name: np.mean([low <= 0.1 <= high for low, high in some]) for name, some in inside.items()}
+    assert all(0.915 <= share[name] <= 0.98 for name in ("one seed", "t, 0.2")) and share["t, 0.01"] > 0.93, share
+    assert share["both, 0.2"] < 0.9 and share["users, 0.2"] < 0.5, share

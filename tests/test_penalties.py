@@ -1,6 +1,5 @@
 """The objective on a whole model: cross-entropy, and every penalty of Figure 2 and Eq. 6 beside it."""
 import copy
-import math
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from minipeso.lora import adapter_parameters, adapters, advance, watching
 from minipeso.objective import anchored, answer_loss, stage_loss
-from minipeso.proximal import PENALTIES, proximal_term, quadratic, softmax_kl
+from minipeso.proximal import PENALTIES, proximal_term, quadratic
 from minipeso.runs.run import Run
 from minipeso.stages import examples
 from minipeso.theory import block_metric, proximal_minimiser
@@ -69,42 +68,39 @@ def test_answer_loss_is_the_mean_over_labelled_positions(temperature):
     assert len(log_p) == 5 and loss.item() == pytest.approx(-sum(log_p) / 5, rel=1e-12)
 
 
-@pytest.mark.parametrize("grouping", [("module", "sum", "none"), ("module", "sum", "size"), ("matrix", "mean", "none")])
+@pytest.mark.parametrize("grouping", [("module", "sum"), ("matrix", "mean")])
 def test_stage_loss_is_eq_12(anchored_run, grouping):
-    """CE from the answers' log-probabilities pair by pair, the KL group by group from lists of numbers, n times with
-    scale "size"; the total is CE + lam * KL. Without a penalty it is CE."""
-    now, (groups, reduction, scale) = shaken(anchored_run, 0.3), grouping
+    """CE from the answers' log-probabilities pair by pair, KL group by group from lists of numbers, CE + lam * KL."""
+    now, (groups, reduction) = shaken(anchored_run, 0.3), grouping
     loss, bare = stage_loss(now.model, batch_of(now), "kl", 30.0, 1.0, grouping), stage_loss(now.model, batch_of(now))
     answers = [(now.template.prompt(e.history).tolist(), now.template.answer(e.target)) for e in pairs_of(now)]
     ce = -sum(answer_log_p(now.model, *pair) / len(pair[1]) for pair in answers) / len(answers)
     flat = [[M.flatten().tolist() for M in layer] for layer in anchored(now.model)]
     parts = [(A + B, P + Q) for A, B, P, Q in flat] if groups == "module" else [
         part for A, B, P, Q in flat for part in ((A, P), (B, Q))]
-    kl = sum((len(v) if scale == "size" else 1) * textbook_softmax_kl(v, v_prev)[0] for v, v_prev in parts)
+    kl = sum(textbook_softmax_kl(v, v_prev)[0] for v, v_prev in parts)
     kl /= len(flat) if reduction == "mean" else 1
     assert loss.ce.item() == pytest.approx(ce, rel=1e-9) and loss.prox.item() == pytest.approx(kl, rel=1e-6)
     assert loss.total.item() == pytest.approx(ce + 30 * kl, rel=1e-6)
     assert bare.total == bare.ce == loss.ce and bare.prox == 0 and not bare.prox.requires_grad
 
 
-@pytest.mark.parametrize("reduction, scale", [("sum", "none"), ("mean", "none"), ("sum", "size")])
-def test_output_kl_is_the_textbook_kl_token_by_token(anchored_run, reduction, scale):
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_output_kl_is_the_textbook_kl_token_by_token(anchored_run, reduction):
     """For every layer and every real token of a padded batch, with the x of this very model; CE is untouched."""
     now = shaken(anchored_run, 0.3)
     assert not batch_of(now).real.all(), "some row must be padded"
-    loss = stage_loss(now.model, batch_of(now), "output-kl", 3.0, 1.0, ("module", reduction, scale))
-    terms = [textbook_output_kl(now, name, x) * (len(dict(adapters(now.model))[name].B) if scale == "size" else 1)
-             for name, x in inputs(now).items()]
+    loss = stage_loss(now.model, batch_of(now), "output-kl", 3.0, 0.7, ("module", reduction))
+    terms = [textbook_output_kl(now, name, x) for name, x in inputs(now).items()]
     total = sum(terms) / (len(terms) if reduction == "mean" else 1)
     assert loss.prox.item() == pytest.approx(total, rel=1e-6) and total > 1e-4
-    assert loss.ce.item() == pytest.approx(stage_loss(now.model, batch_of(now)).ce.item(), rel=1e-12)
+    assert loss.ce.item() == pytest.approx(answer_loss(now.model, batch_of(now), 0.7).item(), rel=1e-12)
     assert loss.total.item() == pytest.approx(loss.ce.item() + 3 * total, rel=1e-6)
 
 
 def test_output_kls_gradient_is_that_of_each_layer_at_fixed_inputs(anchored_run):
-    """Central differences along random directions, matrix by matrix, with the recorded inputs held fixed (for the other
-    penalties: test_proximal.py)."""
-    now, draw, h = shaken(anchored_run, 0.3), torch.Generator().manual_seed(1), 1e-5
+    """Central differences along random directions, matrix by matrix, with the recorded inputs held fixed."""
+    now, draw, h = shaken(anchored_run, 0.3), torch.Generator().manual_seed(1), 1e-6
     v, names = adapter_parameters(now.model), [name for name, _ in adapters(now.model) for _ in "AB"]
     pull, fixed = torch.autograd.grad(stage_loss(now.model, batch_of(now), "output-kl", 1.0).prox, v), inputs(now)
     for name, p, gradient in zip(names, v, pull):
@@ -114,7 +110,7 @@ def test_output_kls_gradient_is_that_of_each_layer_at_fixed_inputs(anchored_run)
             values.append(textbook_output_kl(now, name, fixed[name]))
             p.data -= step
         slope, want = (gradient * way).sum().item(), (values[0] - values[1]) / (2 * h)
-        assert slope == pytest.approx(want, rel=1e-6, abs=1e-9), name
+        assert slope == pytest.approx(want, rel=5e-6, abs=1e-8), name
 
 
 @pytest.mark.parametrize("penalty", [*PENALTIES, "output-kl"])
@@ -174,14 +170,3 @@ def test_proposition_1_on_a_real_model(anchored_run, lam):
     value, gradient, push = objective(best)
     assert gradient.norm() < 1e-8 * max(push.norm(), 1e-3), f"{gradient.norm()} of {push.norm()}"
     assert value < objective(v_prev)[0] and value < objective(v_star)[0]
-
-
-def test_the_quadratic_row_is_kl_to_second_order(anchored_run):
-    """peso-quadratic's penalty and peso's differ by a third-order remainder: halving the step cuts it by about 8."""
-    apart = []
-    for size in (0.04, 0.02, 0.01):
-        now = copy.copy(anchored_run)
-        now.model = copy.deepcopy(anchored_run.model)
-        layers = anchored(shaken(now, size).model)
-        apart.append(abs(proximal_term(layers, softmax_kl) - proximal_term(layers, quadratic)).item())
-    assert all(math.log2(a / b) > 2.3 for a, b in zip(apart, apart[1:])), apart

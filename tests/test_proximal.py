@@ -96,19 +96,11 @@ def test_fp32_keeps_the_digits_of_small_steps(n, step):
     kl, want = exact_softmax_kl(v.double(), v_prev.double())
     assert value.dtype == torch.float32 and abs(value / kl - 1) < 12 * EPS * (1 + 1 / (step * n**0.5)), f"{value}, {kl}"
     assert relative_error(gradient, want) < 1.5 * EPS * (1 + 1 / step), f"off by {relative_error(gradient, want):.2g}"
+    if step >= 1e-3:  # where the textbook's float64 has digits enough, the oracle is the textbook
+        oracle = textbook(v, v_prev)
+        assert math.isclose(kl, oracle[0], rel_tol=1e-6) and relative_error(want, oracle[1]) < 1e-8
     typed = (v.softmax(-1) * (v.log_softmax(-1) - v_prev.log_softmax(-1))).sum()
     assert n < 16384 or step > 1e-4 or abs(typed / kl - 1) > 1, f"as typed {typed:.3g}, true {kl:.3g}"
-
-
-@pytest.mark.parametrize("step", [1e-4, 1e-3, 1e-1])
-def test_the_exact_form_is_the_textbook_formula(step):
-    """The oracle of the digits, against the textbook in float64, and against itself at 1e-9 with exact sums."""
-    v_prev = normal(500, seed=0, std=0.5)
-    v = v_prev + normal(500, seed=1, std=step)
-    (kl, gradient), (want, want_gradient) = exact_softmax_kl(v, v_prev), textbook(v, v_prev)
-    assert math.isclose(kl, want, rel_tol=1e-7) and relative_error(gradient, want_gradient) < 1e-9
-    in_fp32, _ = exact_softmax_kl(v.float(), v_prev.float())
-    assert math.isclose(in_fp32, exact_softmax_kl(v.float().double(), v_prev.float().double())[0], rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("dtype, digits", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -135,6 +127,9 @@ def test_one_far_coordinate_among_near_ones(jump, peak):
     (value, gradient), (kl, want) = value_and_gradient(softmax_kl, v, v_prev), textbook(v, v_prev)
     assert abs(value - kl) < 1e-5 * kl + EPS * abs(jump), f"{value} against {kl}"
     assert (gradient - want).abs().max() < 5 * EPS * abs(jump), f"off by {(gradient - want).abs().max()}"
+    both = torch.stack([v, near := v_prev + normal(1000, seed=2, std=1e-5).float()]), v_prev.expand(2, -1)
+    beside, alone = value_and_gradient(softmax_kl, *both)[1], value_and_gradient(softmax_kl, near, v_prev)[1]
+    assert torch.equal(beside[1], alone), "a group keeps its digits beside one that has gone far"
 
 
 @every_penalty
@@ -218,8 +213,8 @@ def by_definition(name: str, v: Tensor, v_prev: Tensor) -> float:
 
 @every_term
 def test_proximal_term_by_definition(name, groups):
-    """Groups, sum and mean over modules, scale "size" (a group times its n entries), by hand; the paper by default."""
-    layers, plain, sized = adapters(seed=11), [], []
+    """Groups, sum and mean over modules, by hand; the paper by default."""
+    layers, plain = adapters(seed=11), []
     for A, B, P, Q in layers:
         if name in ("rank-kl", "orthogonal"):
             parts = [(A, P), (B.T, Q.T)]
@@ -227,28 +222,14 @@ def test_proximal_term_by_definition(name, groups):
             parts = [(A.reshape(-1), P.reshape(-1)), (B.reshape(-1), Q.reshape(-1))]
             parts = parts if groups == "matrix" else [tuple(map(torch.cat, zip(*parts)))]
         plain += [by_definition(name, v, v_prev) for v, v_prev in parts]
-        sized += [v.shape[-1] * by_definition(name, v, v_prev) for v, v_prev in parts]
     for reduction, modules in (("sum", 1), ("mean", 4)):
-        for scale, numbers in (("none", plain), ("size", sized)):
-            got = proximal_term(layers, PENALTIES[name], groups, reduction, scale)
-            assert got.shape == () and math.isclose(got, math.fsum(numbers) / modules, rel_tol=1e-10), f"{got}"
+        got = proximal_term(layers, PENALTIES[name], groups, reduction)
+        assert got.shape == () and math.isclose(got, math.fsum(plain) / modules, rel_tol=1e-10), f"{got}"
     if groups == "module":
         assert math.isclose(proximal_term(layers, PENALTIES[name]), math.fsum(plain), rel_tol=1e-10)
 
 
-@every_term
-def test_the_gradient_reaches_every_matrix(name, groups):
-    """Finite differences of the whole term in each A and B of each module."""
-    layers = adapters(seed=23)
-    moved = [M.requires_grad_() for A, B, _, _ in layers for M in (A, B)]
-    anchors = [anchor for *_, P, Q in layers for anchor in (P, Q)]
-
-    def term(*moved: Tensor) -> Tensor:
-        return proximal_term([(*moved[i:i + 2], *anchors[i:i + 2]) for i in range(0, 8, 2)], PENALTIES[name], groups)
-    assert torch.autograd.gradcheck(term, moved)
-
-
-@pytest.mark.parametrize("wrong", [{"groups": "layer"}, {"reduction": "max"}, {"scale": "rank"}, {"layers": []}])
+@pytest.mark.parametrize("wrong", [{"groups": "layer"}, {"reduction": "max"}, {"layers": []}])
 def test_unknown_options_are_errors_in_three_lines(wrong):
     """What failed, the value found, what to do."""
     name, value = next(iter(wrong.items()))

@@ -1,4 +1,5 @@
 """Recommendations of a finished run: real items, by the model's own scores, for one user or for all."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,9 +11,12 @@ import torch
 
 import eval as script
 from minipeso.config import UsageError
-from minipeso.runs import setup
-from minipeso.runs.recommend import histories, recommend, recommend_all, top_items
+from minipeso.evaluate import Ranker
+from minipeso.files.release import read_release
+from minipeso.metrics import hit_at, ndcg_at
+from minipeso.runs.recommend import histories, recommend, top_items
 from minipeso.runs.reopen import reopen
+from minipeso.semantic_ids import SemanticIDs
 from minipeso.synthetic import write_world
 from tests.micro import MICRO, flags, micro, run, shared_ids
 from tests.reference import answer_log_p
@@ -51,14 +55,19 @@ def shell(env: dict, *argv) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["reviews", "blocks"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_recommendation_is_a_real_item_that_exists(runs, name, stage):
-    """For every user: ten different items of D_1 .. D_t, best first, or all there are."""
-    ours = reopen(runs[name], stage)
-    for best in top_items(ours, list(histories(ours).values())):
-        items, scores = zip(*best)
-        assert len(set(items)) == len(items) == min(10, len(ours.known)) and set(items) <= set(ours.known)
-        assert list(scores) == sorted(scores, reverse=True) and max(scores) < 0
+@pytest.mark.parametrize("seen", ["exclude", "include"])
+def test_every_recommendation_is_a_real_item_that_exists(runs, name, seen):
+    """Ten different items of D_1 .. D_t, best first, or all there are, less the user's own (--seen include: all)."""
+    for stage in (1, 2, 3):
+        ours, sizes = reopen(runs[name], stage), set()
+        ours.cfg = dataclasses.replace(ours.cfg, seen=seen)
+        for taken, best in zip(users := list(histories(ours).values()), top_items(ours, users), strict=True):
+            items, scores = [item for item, _ in best], [score for _, score in best]
+            left = {*ours.known} - {*taken} if seen == "exclude" else {*ours.known}
+            assert len({*items}) == len(items) == min(10, len(left)) and {*items} <= left
+            assert scores == sorted(scores, reverse=True) and all(score < 0 for score in scores)
+            sizes.add(len(items))
+        assert (min(sizes) < 10) == (name == "blocks" and seen == "exclude" and stage > 1), sizes
 
 
 @pytest.mark.parametrize("name", ["reviews", "blocks"])
@@ -71,7 +80,8 @@ def test_the_ten_are_the_best_of_all_items(runs, name):
         with torch.no_grad():
             scores = {item: answer_log_p(ours.model, prompt, ours.template.answer(item)) for item in ours.known}
         best, = top_items(ours, [taken])
-        assert [item for item, _ in best] == sorted(ours.known, key=lambda item: (-round(scores[item], 5), item))[:10]
+        order = sorted({*ours.known} - {*taken}, key=lambda item: (-round(scores[item], 5), item))
+        assert [item for item, _ in best] == order[:10]
         assert max(abs(score - scores[item]) for item, score in best) < 1e-4
 
 
@@ -86,13 +96,10 @@ def test_a_history_is_all_that_was_taken_until_the_stage(runs, t):
     assert histories(ours) == taken and len(set().union(*(s.current for s in ours.data.stages))) > len(taken) * (t == 1)
 
 
-@pytest.mark.parametrize("size", [1, 5, 64])
-def test_all_users_get_one_line_each(runs, size, tmp_path):
-    """--recommend-all: every user once, in order; each line what --recommend shows for that user, however many are
-    searched at once; no unfinished file stays."""
+def test_all_users_get_one_line_each(runs, tmp_path):
+    """--recommend-all: every user once, in order; each line what --recommend shows for that user alone."""
     ours = reopen(runs["reviews"])
-    ours.cfg = micro(runs["reviews"], eval_batch=size)
-    assert recommend_all(ours, tmp_path / "all.jsonl") == len(histories(ours))
+    assert script.recommend_all(ours, tmp_path / "all.jsonl") == len(histories(ours))
     lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["user"] for line in lines] == list(histories(ours)) and len(list(tmp_path.iterdir())) == 1
     for line in lines[:8]:
@@ -100,14 +107,6 @@ def test_all_users_get_one_line_each(runs, size, tmp_path):
         assert all(f"{row['id']}  {row['title']}" in shown for row in line["history"][-ours.cfg.window:])
         assert all(f"{place:>2} {row['score']:7.2f} {row['id']}  {JAPANESE}" in shown
                    for place, row in enumerate(line["items"], start=1))
-
-
-def test_what_breaks_off_leaves_no_file(runs, tmp_path, monkeypatch):
-    """Neither half a file under the name nor an unfinished one beside it."""
-    monkeypatch.setattr(setup.Dataset, "described", lambda data, ids, item: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        recommend_all(reopen(runs["reviews"]), tmp_path / "all.jsonl")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("env", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, ASCII])
@@ -153,7 +152,30 @@ def test_what_cannot_be_done_is_refused(runs, names, argv, word, called):
 
 
 def test_eval_exports(runs, tmp_path, called):
-    """--export-peft and --export-merged write the folders that test_export.py proves."""
+    """--export-peft and --export-merged write the folders that test_export.py proves; --export-blocks the run's stages
+    and IDs in the authors' layout, which reads back as they are."""
     printed = called(runs["reviews"], "--export-peft", tmp_path / "p", "--export-merged", tmp_path / "m", "--stage", 2)
     assert printed.count("peso after D2") == 2
     assert (tmp_path / "p" / "adapter_config.json").is_file() and (tmp_path / "m" / "config.json").is_file()
+    for name in ("reviews", "blocks"):
+        called(runs[name], "--export-blocks", tmp_path / name)
+        (stages, index), run = read_release(tmp_path / name), reopen(runs[name])
+        assert stages == run.stages and SemanticIDs.load(index, run.cfg.codes).codes.equal(run.ids.codes)
+    assert (tmp_path / name / "blocks.all.block_0.json").is_file()
+
+
+def test_interpolation_goes_from_one_adapter_to_the_next(runs, called):
+    """w = 1 gives what the run ranked; w = 0 the stage's questions to the adapter before; what lies between is neither.
+    The first stage has nothing before it."""
+    after, before = reopen(runs["reviews"]), reopen(runs["reviews"], 2)
+    rows = {line.split("|")[1].strip(): [float(x) for x in line.split("|")[2:6]]
+            for line in called(runs["reviews"], "--interpolate", "0,0.5,1").splitlines()[2:]}
+    (asked, own), n = after.questions(3), len(after.stages[2].users)
+    for w, model in (("0", before.model), ("1", after.model)):
+        ranks = Ranker(after.ids, after.known, after.template, after.cfg.beams).ranks(model, asked, own)
+        wanted = [metric(r, 10).item() for r in (ranks[:n], ranks[n:]) for metric in (hit_at, ndcg_at)]
+        assert rows[w] == pytest.approx(wanted, abs=6e-5)
+    with pytest.raises(UsageError, match="nothing to interpolate"):
+        called(runs["reviews"], "--interpolate", "0", "--stage", 1)
+    with pytest.raises(UsageError, match="needs numbers"):
+        called(runs["reviews"], "--interpolate", "a")

@@ -13,11 +13,11 @@ from minipeso.stages import Stage
 
 RANKS = {t: torch.tensor(r) for t, r in {
     "1": [1, 1, 0, 0], "2": [1, 0, 3, 0], "3": [6, 0], "4": [0, 0, 0, 2, 11], "5": [10]}.items()}
-REFERENCES = {t: {"random": 0.125, "popularity": 0.25, "cold": 0.5} for t in RANKS}
+REFERENCES = {t: {"random": 0.125, "cold": 0.5} for t in RANKS}
 
 
 def run(ranks=RANKS, **config) -> dict:
-    return {"config": {"method": "peso", **config}, **report.results(ranks), "references": REFERENCES}
+    return {"config": {"method": "peso", **config}, **report.results(ranks), "references": REFERENCES, "premiums": {}}
 
 
 def cells(table: str) -> list[list[str]]:
@@ -37,13 +37,14 @@ def test_averages_are_over_stages_not_users():
         assert row["ndcg@5"] == pytest.approx(sum(ndcg5[t] for t in stages) / len(stages))
     assert list(found["average"]) == ["D2-D4", "D2-D5"] and found["stages"]["4"]["users"] == 5
     assert found["stages"]["1"]["hit@5"] == 0.5, "D1 is shown, and in no average"
+    for n, names in ((2, ["D2-D2"]), (3, ["D2-D2", "D2-D3"])):  # of two stages one
+        assert list(run({t: RANKS[t] for t in "123"[:n]})["average"]) == names
 
 
 def test_an_empty_stage_is_null_and_in_no_average():
     """A stage without users has null metrics; the averages are those of the others."""
     found = run(RANKS | {"3": torch.zeros(0, dtype=torch.long)})
-    assert found["stages"]["3"] == {"users": 0, "hit@5": None, "hit@10": None, "ndcg@5": None, "ndcg@10": None,
-                                    "se_hit@10": None}
+    assert found["stages"]["3"] == {"users": 0, **dict.fromkeys([*report.METRICS, "se_hit@10"])}
     assert found["average"]["D2-D4"]["hit@10"] == pytest.approx((2 / 4 + 1 / 5) / 2)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
@@ -54,20 +55,13 @@ def test_no_later_stage_has_users():
     found = run(empty)
     assert set(found["average"]["D2-D5"].values()) == {None}
     runs = {"single": found, "peso": found}
-    assert "peso" in report.tables(runs, {name: empty for name in runs})
-
-
-def test_other_numbers_of_stages_have_their_own_spans():
-    """The spans leave out the last stage, and do not; two stages have one span."""
-    three = {t: RANKS[t] for t in "123"}
-    assert list(run(three)["average"]) == ["D2-D2", "D2-D3"]
-    assert list(run({t: RANKS[t] for t in "12"})["average"]) == ["D2-D2"]
+    assert "peso" in report.tables(runs, {name: empty for name in runs}, {name: {} for name in runs})
 
 
 def test_the_table_shows_every_number_once():
     """Stages, users, references and Hit@10 of every method are in the first table, averages in the second."""
     runs = {"single": run(), "peso": run(RANKS | {"5": torch.tensor([0])})}
-    text = report.tables(runs, {"single": RANKS, "peso": RANKS | {"5": torch.tensor([0])}})
+    text = report.tables(runs, {"single": RANKS, "peso": RANKS | {"5": torch.tensor([0])}}, {"single": {}, "peso": {}})
     stage_rows = {row[0]: row[1:] for row in cells(text.split("\n\n")[0])}
     assert stage_rows["test users"] == ["4", "4", "2", "5", "1"]
     assert all(cell.startswith("0.1250") for cell in stage_rows["random"])
@@ -94,36 +88,28 @@ def test_the_best_is_bold_and_the_second_underlined():
 
 
 def test_differences_give_the_mean_and_its_interval():
-    """peso - single over the users of D2 and later: the mean difference by hand; an interval that holds it;
-    within the noise where it holds 0, beyond where it does not; D1 does not count."""
-    single = {"1": torch.ones(50), "2": torch.zeros(200), "3": torch.ones(200)}
-    better = {"1": torch.zeros(50), "2": torch.ones(200), "3": torch.ones(200)}
-    noisy = {"1": torch.ones(50), "2": torch.tensor([1] + [0] * 199), "3": torch.tensor([0] + [1] * 199)}
-    lines = report.differences({"single": single, "better": better, "noisy": noisy, "same": single}, "single")
-    for line, (name, mean, word) in zip(lines.splitlines(), [("better", 0.5, "beyond the noise"),
-                                                              ("noisy", 0.0, "within the noise"),
-                                                              ("same", 0.0, "within the noise")], strict=True):
-        assert line.startswith(f"{name} - single") and word in line, line
-        shown, low, high = map(float, re.findall(r"[+-]\d\.\d{4}", line))
-        assert shown == mean and low <= mean <= high, line
-        assert high - low < 0.11, f"400 users tell more than that: {line}"
-    low, high = map(float, re.findall(r"[+-]\d\.\d{4}", lines.splitlines()[0])[1:])
-    assert abs(high - low - 2 * 1.96 * math.sqrt(0.25 / 400)) < 0.01, "of the width that 400 coin flips have"
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    """After a refused value (nan is no JSON) the old file is intact and no part of a new one lies beside it."""
-    path = tmp_path / "results.json"
-    report.write_json(path, {"a": 1})
-    for bad in ({"a": float("nan")}, {"a": object()}):
-        with pytest.raises((ValueError, TypeError)):
-            report.write_json(path, bad)
-    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    """By hand: the mean over D2 and D3, which weigh the same, in its interval; bold unless that holds 0. U_A has Hit@10
+    and NDCG@10, U_I, here the same users, NDCG@10; who ranks no absent users has none."""
+    single = {"1": torch.ones(50), "2": torch.zeros(100), "3": torch.ones(300), "4": torch.ones(0)}
+    better = {"1": torch.zeros(50), "2": torch.ones(100), "3": torch.ones(300), "4": torch.ones(0)}
+    noisy = {"1": torch.ones(50), "2": torch.tensor([1] + [0] * 99), "3": torch.tensor([0] + [1] * 299)}
+    half = single | {"2": torch.tensor([0, 1] * 50)}
+    ranks = {"single": single, "better": better, "noisy": noisy, "same": single, "half": half}
+    rows = cells(report.differences(ranks, ranks | {"half": {}}, "single").partition("\n\n")[0])[1:]
+    assert rows[0] == ["single", "0.5000", "", "0.5000", "", "0.5000", ""] and rows[4][5:] == ["-", "-"]
+    for row, (name, mean, bold) in zip(rows[1:], [("better", 0.5, True), ("noisy", 0.0033, False), ("same", 0.0, False),
+                                                  ("half", 0.25, True)], strict=True):
+        assert row[0] == name and row[2].startswith("**") == bold and row[1] == f"{0.5 + mean:.4f}"
+        assert row[1:3] == row[3:5] == row[5:][:2 if name != "half" else 0] or name == "half", row
+        shown, low, high = map(float, re.findall(r"[+-]\d\.\d{4}", row[2]))
+        assert shown == mean and low <= mean <= high, row
+    low, high = map(float, re.findall(r"[+-]\d\.\d{4}", rows[4][2])[1:])
+    assert abs(high - low - 2 * 1.96 * math.sqrt(0.25 / 100) / 2) < 0.01, "the width of 100 coin flips, halved"
 
 
 def test_a_new_run_voids_what_the_old_one_left(tmp_path):
-    """void removes the results of the folder and of the methods inside it, also of ones not compared now, but not those of
-    another run that happens to lie below; begin writes the new config.json."""
+    """void removes the results of the folder and of the methods inside it, also of ones not compared now, but not those
+    of another run that happens to lie below; begin writes the new config.json."""
     for place in (".", "retrain", "other"):
         (tmp_path / place).mkdir(exist_ok=True)
         (tmp_path / place / "results.json").write_text("{}")
@@ -140,13 +126,14 @@ def test_a_new_run_voids_what_the_old_one_left(tmp_path):
 
 
 def test_load_reads_what_write_wrote_and_names_what_is_missing(tmp_path):
-    """write -> load is the identity on results and ranks, those of inactive users apart; each missing file is named."""
+    """write -> load is the identity on results and ranks, those of absent users apart; each missing file is named."""
     stages = [Stage(int(t), {}, {u: [1, 2, 3] for u in range(len(r))}) for t, r in RANKS.items()]
     ranks = {t: r if t == "1" else torch.cat([r, torch.tensor([7, 0])]) for t, r in RANKS.items()}
     log = [{"stage": 2, "ce": 1.0, "prox_ce_ratio": r} for r in (0.1, 0.5, 0.2)]
     log += [{"stage": 2, "valid_ce": 3.0}, {"stage": 2, "valid_ce": 2.0}, {"stage": 2, "moved": 0.25, "anchor": 4.0}]
-    cfg = resolve({"out": str(tmp_path), "method": "single", "inactive": True})
-    report.write(tmp_path, cfg, stages, [[1, 2, 3]] * 5, ranks, "\n".join(map(json.dumps, log)), {"data": 1.5})
+    cfg = resolve({"out": str(tmp_path), "method": "single"})
+    more = {"references": REFERENCES, "seconds": {"data": 1.5}}
+    report.write(tmp_path, cfg, stages, ranks, "\n".join(map(json.dumps, log)), more)
     found, read = report.load(tmp_path)
     assert found["config"]["method"] == "single" and found["stages"] == run()["stages"]
     assert found["seconds"] == {"data": 1.5} and found["peak_memory_bytes"] > 2**20

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from minipeso.files.reviews import dataset_schema, item_text, read_items, read_reviews
+from minipeso.files.reviews import dataset_schema, item_texts, read_items, read_reviews
 from tests.conftest import draws
 
 T0 = 1_588_687_728_923
@@ -131,8 +131,7 @@ def test_bad_csv_lines_are_counted_and_a_stray_quote_costs_one(tmp_path):
 
 
 def test_csv_columns_are_found_by_name_and_keys_in_any_script_survive(tmp_path):
-    """The header decides; an id may hold commas, quotes, Japanese, emoji, right-to-left, zero-width, what looks like a
-    token or a path."""
+    """The header decides; an id may hold commas, quotes, Japanese, emoji, right-to-left, zero-width, tokens, paths."""
     path = tmp_path / "C.csv"
     path.write_text(f'timestamp,user_id,parent_asin\n{T0},"u,1","say ""i"""\n')
     assert triples(read_reviews(path)) == [("u,1", 'say "i"', T0)]
@@ -188,7 +187,7 @@ def test_items_keep_only_what_is_asked_and_survive_any_field(tmp_path):
              {"parent_asin": "a", "title": "B"}]
     path, items = write_jsonl(tmp_path / "meta_C.jsonl", metas), read_items(tmp_path)
     assert list(items) == ["a", "b", "c"]
-    assert [item_text(items[k], k) for k in "bc"] == ["b", "C1, C2"]
+    assert [item_texts(items[k], k) for k in "bc"] == [("b", "", ""), ("C1 C2", "", "")]
     assert read_items(path, keep={"c", "z"}) == {"c": items["c"]}
     write_jsonl(path, metas[::-1])
     assert read_items(path) == items, "the order of the lines changed the text of a repeated key"
@@ -203,17 +202,19 @@ def test_items_keep_only_what_is_asked_and_survive_any_field(tmp_path):
     ({"title": None, "store": "", "categories": [None, " ", 3.5]}, "KEY"), ({}, "KEY"),
     ({"title": 1984, "categories": "Books"}, "1984 | Books"), ({"title": {"x": 1}, "store": True}, "KEY"),
     ({"title": "<a_1> &lt;a_2&gt; <|eot|> 5 < 6"}, "5 < 6"), ({"title": "日本 🎸\x00\x1b[0m"}, "日本 🎸 [0m"),
-    ({"title": "half \ud83c pair", "store": "whole \U0001f3b8"}, "half ? pair | whole 🎸")])
-def test_item_text_is_one_clean_line(fields, text):
+    ({"title": "half \ud83c pair", "store": "whole \U0001f3b8"}, "half ? pair | whole 🎸"),
+    ({"description": ["First.", "<br>", "Then."], "title": "T", "categories": ["C"]}, "T | First. Then. | C")])
+def test_item_texts_are_clean_lines(fields, text):
     """Entities, tags, control characters and line ends go; an empty item is called by its key."""
-    assert item_text(fields, "KEY") == text
+    assert " | ".join(filter(None, item_texts(fields, "KEY"))) == text
+    assert item_texts(fields, "KEY")[0] == ("KEY" if text == "KEY" else text.split(" | ")[0])
 
 
-@given(st.dictionaries(st.sampled_from(["title", "store", "categories"]), st.recursive(
+@given(st.dictionaries(st.sampled_from(["title", "store", "categories", "description"]), st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT, st.lists, max_leaves=4)))
-def test_item_text_never_raises_and_can_always_be_printed(fields):
-    """Whatever JSON holds, the text is one printable UTF-8 line, and not empty."""
-    text = item_text(fields, "KEY")
+def test_item_texts_never_raise_and_can_always_be_printed(fields):
+    """Whatever JSON holds, the texts are printable UTF-8 on one line, and not all empty."""
+    text = " ".join(item_texts(fields, "KEY")).strip()
     assert text and text.encode("utf-8") and len(text.splitlines()) == 1
 
 
@@ -223,4 +224,4 @@ def test_real_reviews(shared_data):
     assert (len(x.user), x.duplicates, x.bad, len(x.users), len(x.items)) == (129_868, 1_286, {}, 15_266, 9_671)
     assert (np.diff(x.time) >= 0).all() and x.users == sorted(x.users)
     items = read_items(shared_data / "electronics23", keep=set(x.items))
-    assert not [k for k in x.items if item_text(items.get(k, {}), k) == k], "items without a text"
+    assert not [k for k in x.items if item_texts(items.get(k, {}), k)[0] == k], "items without a text"

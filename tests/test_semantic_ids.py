@@ -54,7 +54,7 @@ def test_what_fit_hands_to_the_repairs(monkeypatch):
 
 def test_ids_do_not_depend_on_the_order_of_the_items():
     """Shuffled items get the same IDs; so do items with equal vectors, as a set."""
-    x, order = vectors(150), np.random.default_rng(1).permutation(150)
+    x, order, still = vectors(150), np.random.default_rng(1).permutation(150), np.ones(60)
     x[3] = x[140]
     there, here = fit(x[order]).codes, fit(x).codes[order]
     equal = np.isin(order, [3, 140])
@@ -65,12 +65,27 @@ def test_ids_do_not_depend_on_the_order_of_the_items():
     x[50:] = x[7]
     x[0, 0], x[1], x[1, 0] = 0.0, x[0], -0.0
     order = np.random.default_rng(2).permutation(60)
-    assert (x[order][canonical_order(x[order])] == x[canonical_order(x)]).all()
-    place = np.argsort(canonical_order(x))
+    assert (x[order][canonical_order(x[order], still)] == x[canonical_order(x, still)]).all()
+    place = np.argsort(canonical_order(x, still))
     assert (np.diff(place[[7, *range(50, 60)]]) == 1).all() and place[1] == place[0] + 1
 
 
-@pytest.mark.parametrize("change", [{"d_latent": 3}, {"hidden": (9,)}, {"epochs": 40}, {"lr": 0.1}, {"codes": 9},
+@pytest.mark.parametrize("unique", [True, False])
+def test_later_items_are_encoded_by_what_the_first_fitted(unique):
+    """No ID depends on an item that comes later: those of D_1, and of D_1 and D_2, are what they are alone, collisions
+    of the later ones and all; the tokenizer of all stages gives others."""
+    born = [1] * 90 + [2] * 30 + [3] * 30
+    x = np.concatenate([vectors(90), vectors(30, seed=4), vectors(90)[:30] + 1e-9])
+    codes = lambda some, born: fit(x[some], unique=unique, born=born, codes=4, levels=4).codes  # noqa: E731
+    both, order = codes(range(150), born), np.random.default_rng(0).permutation(150)
+    for n in (90, 120):
+        assert torch.equal(codes(range(n), born[:n]), both[:n]), n
+    assert torch.equal(codes(order, [born[i] for i in order]), both[order])
+    assert distinct(both) == 150 or not unique and distinct(both) < 120
+    assert not torch.equal(codes(range(150), None), both)
+
+
+@pytest.mark.parametrize("change", [{"d_latent": 3}, {"hidden": (9,)}, {"epochs": 40}, {"codes": 9},
                                     {"seed": 1}])
 def test_the_settings_alone_decide(change):
     """Changing any setting changes some ID; numpy or torch does not, and torch's own generator is left alone."""
@@ -128,7 +143,7 @@ def test_the_last_code_gives_way_to_the_nearest_free_one(n, groups, seed):
     _, z, codebooks = random_state(n, 3, 64, seed, groups)
     z = z[torch.arange(n) % groups]  # groups of equals
     greedy, residuals = quantise_residuals(z, codebooks)
-    ids, last = move_to_free(greedy, z, codebooks), residuals[2]
+    ids, last = move_to_free(greedy, z, codebooks, np.ones(len(z))), residuals[2]
     assert torch.equal(ids[:, :2], greedy[:, :2]) and distinct(ids) == n
     first = {tuple(code): item for item, code in reversed([*enumerate(greedy.tolist())])}
     assert all(ids[item].tolist() == list(code) for code, item in first.items()), "the first of a group stays"
@@ -144,13 +159,13 @@ def test_full_prefixes_overflow_to_the_next_nearest():
     """27 equal items on 3 x 3 x 3 codes fill every ID, first codes in order of distance; 28 are an error. The fourth of
     4 items on a prefix with 3 last codes takes the 2nd nearest code one level up."""
     _, _, codebooks = random_state(1, 3, 3, 0, 1)
-    ids = move_to_free(torch.zeros(27, 3, dtype=torch.int64), torch.zeros(27, 3), codebooks)
+    ids = move_to_free(torch.zeros(27, 3, dtype=torch.int64), torch.zeros(27, 3), codebooks, np.ones(27))
     assert distinct(ids) == 27
     assert list(dict.fromkeys(ids[1:, 0].tolist())) == codebooks[0].pow(2).sum(1).argsort().tolist()
     with pytest.raises(ValueError, match="28 items; 3 codes on 3 levels make 27 IDs"):
-        move_to_free(torch.zeros(28, 3, dtype=torch.int64), torch.zeros(28, 3), codebooks)
+        move_to_free(torch.zeros(28, 3, dtype=torch.int64), torch.zeros(28, 3), codebooks, np.ones(28))
     codebooks = torch.tensor([[[0.0], [9.0], [30.0]], [[0.0], [1.0], [5.0]], [[0.0], [0.1], [0.2]]])
-    ids = move_to_free(torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 1), codebooks)
+    ids = move_to_free(torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 1), codebooks, np.ones(4))
     assert ids.tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0]]
 
 
@@ -174,9 +189,9 @@ def test_report_and_table_by_hand():
                       "codes_used": [3, 3, 2]}
     # shares (2, 1, 1)/4 twice: entropy 1.5 bits; (3, 1)/4: 2 - 3/4 log2 3 bits
     assert perplexity == pytest.approx([2**1.5, 2**1.5, 4 / 3**0.75], rel=1e-6)
-    lines = SemanticIDs(torch.tensor([[k, 0] for k in range(8)]), 16, 7).table().splitlines()
+    lines = SemanticIDs(torch.tensor([[k, 0, k // 2] for k in range(8)]), 16, 7).table().splitlines()
     assert lines[0] == "8 items, 8 semantic IDs, 0 collisions (7 before repair), largest group 1"
-    assert "COLLAPSED" not in lines[1] and "COLLAPSED" in lines[2], lines
+    assert ["COLLAPSED" in line for line in lines[1:]] == [False, True, False], lines
     assert "before" not in SemanticIDs(CODES, 4).table()
 
 

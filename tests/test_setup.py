@@ -10,7 +10,6 @@ import torch
 from minipeso.runs import setup
 from minipeso.config import UsageError
 from minipeso.semantic_ids import SemanticIDs
-from minipeso.stages import Stage
 from minipeso.tokens import QUESTIONS
 from tests.micro import blocks, checkpoint, micro, shared_ids
 
@@ -46,8 +45,9 @@ def test_every_number_still_means_its_key_and_its_text(settings, tmp_path):
     stretch of the raw file in time order, and the text of each item is the one of its key."""
     data = setup.load_dataset(micro(tmp_path, **settings), tmp_path / "world")
     events, titles = raw(data.source)
-    assert len(data.keys) == len(data.texts) == len(set(data.keys))
-    assert all(text.startswith(titles[key] + " | ") for key, text in zip(data.keys, data.texts, strict=True))
+    assert len(data.keys) == len(data.texts) == len(set(data.keys)) <= 60
+    assert data.known[-1] == list(range(len(data.keys))), "items that no stage kept are dropped"
+    assert all(texts[:2] == (titles[key], "") and texts[2] for key, texts in zip(data.keys, data.texts, strict=True))
     checked = 0
     for stage in data.stages:
         for user, items in stage.current.items():
@@ -73,22 +73,8 @@ def test_a_shape_that_does_not_divide_is_refused(shape, tmp_path):
     assert len(str(error.value).splitlines()) == 3, str(error.value)
 
 
-def test_items_that_no_stage_kept_are_dropped(tmp_path):
-    """The numbers are 0 .. n - 1 without a gap, and every item occurs in some stage."""
-    data = setup.load_dataset(micro(tmp_path, min_events=8), tmp_path / "world")
-    assert set().union(*(stage.items for stage in data.stages)) == set(range(len(data.keys)))
-    assert len(data.keys) < 60, "nothing was dropped: the test proves nothing"
-
-
-def test_known_items_by_hand():
-    """Stage t knows the items of D_1 .. D_t, sorted; a history adds none."""
-    stages = [Stage(1, {1: []}, {1: [5, 2]}), Stage(2, {2: [9]}, {2: [2, 0]}), Stage(3, {}, {})]
-    assert setup.known_items(stages) == [[2, 5], [0, 2, 5], [0, 2, 5]]
-
-
 def test_a_subset_of_the_users_keeps_the_whole_catalogue(tmp_path):
-    """--users makes the stages smaller, not the problem easier: what can be recommended, its numbers and its
-    texts stay those of the full data."""
+    """--users makes the stages smaller, not the problem easier: known items, numbers and texts stay the full data's."""
     full, part = (setup.load_dataset(micro(tmp_path, users=n), tmp_path / "world") for n in (0, 20))
     assert part.known == full.known and part.texts == full.texts and part.keys == full.keys
     assert len({u for s in part.stages for u in s.users}) == 20
@@ -119,17 +105,6 @@ def test_years_are_inclusive_to_the_millisecond(tmp_path):
     assert read("2020-2021") == "24 interactions read" and read("") == "25 interactions read"
 
 
-@pytest.mark.parametrize("years", ["2020-", "-2020", "20-x", "2020-2021-2022", "x"])
-def test_years_that_are_none(years, tmp_path):
-    """A span that cannot be read is refused with an example of one that can ("2020-" means 2020)."""
-    read = lambda: setup.load_dataset(micro(tmp_path, years=years), tmp_path / "world")  # noqa: E731
-    if years == "2020-":
-        assert read().stages
-    else:
-        with pytest.raises(UsageError, match="2019-2023"):
-            read()
-
-
 def test_raw_finds_the_sources_own_line(tmp_path):
     """The line of the file that holds this user and this item; for the release, which has none, their numbers."""
     data = setup.load_dataset(micro(tmp_path), tmp_path / "world")
@@ -139,8 +114,6 @@ def test_raw_finds_the_sources_own_line(tmp_path):
     release = setup.load_dataset(micro(tmp_path, dataset=str(shared_ids(tmp_path / "blocks"))), tmp_path)
     assert release.raw(3, 4) == "blocks: user 3, item 4"
 
-
-# -- the release's folder ---------------------------------------------------------------------------
 
 STAGES = [{1: [0, 1, 2, 3], 2: [3, 2, 1, 0]}, {1: [4, 1, 0, 2]}]
 
@@ -153,13 +126,6 @@ def test_the_release_brings_its_own_ids(tmp_path):
     assert data.ids.codes.tolist() == codes and data.ids.n_codes == 16 and data.texts is None
     assert data.stages[1].current == {1: [4, 1, 0, 2]} and data.stages[1].history == {1: [0, 1, 2, 3]}
     assert data.known == [[0, 1, 2, 3], [0, 1, 2, 3, 4]] and not (tmp_path / "world").exists()
-
-
-def test_an_item_without_an_id_is_refused(tmp_path):
-    """The stages name item 4, the index ends at 3: both are in the message."""
-    cfg = micro(tmp_path, dataset=str(blocks(tmp_path / "data", STAGES, [[i, i] for i in range(4)])))
-    with pytest.raises(UsageError, match=r"has 4 items, the stages name item 4"):
-        setup.load_dataset(cfg, tmp_path)
 
 
 def test_a_history_may_name_items_that_no_stage_has(tmp_path):
@@ -184,8 +150,6 @@ def test_every_block_is_needed(missing, left, tmp_path):
         setup.load_dataset(micro(tmp_path, dataset=str(folder)), tmp_path)
 
 
-# -- model and words --------------------------------------------------------------------------------
-
 def test_a_base_from_scratch_has_the_shape_asked_for(tmp_path):
     """tiny and small are Llamas of the given sizes that know one word; the seed decides their weights."""
     cfg = micro(tmp_path, shape=(24, 2, 4, 2, 20))
@@ -199,10 +163,17 @@ def test_a_base_from_scratch_has_the_shape_asked_for(tmp_path):
     assert setup.load_tokenizer(cfg) is None and setup.from_scratch(cfg)
 
 
-def test_the_devices_dtype(tmp_path):
-    """--dtype auto is float32 on a CPU; bfloat16 where it is asked for."""
-    assert setup.load_model(micro(tmp_path, device="cpu")).model.norm.weight.dtype == torch.float32
-    assert setup.load_model(micro(tmp_path, device="cpu", dtype="bfloat16")).model.norm.weight.dtype == torch.bfloat16
+def test_dropout_inside_the_model_is_for_training_from_scratch(tmp_path):
+    """A base from scratch drops states while it trains and none in eval(); a checkpoint's Llama never does."""
+    words = dict(base=str(checkpoint(tmp_path / "llama")), prompt="paper")
+    loaded, plain, scratch = (setup.load_model(micro(tmp_path, **how)) for how in (
+        words | dict(base_dropout=0.5), dict(base_dropout=0.0), dict(base_dropout=0.5)))
+    ids = torch.arange(8)[None]
+    for model in (loaded, plain, scratch):
+        model.grow(8, torch.Generator().manual_seed(0), 0.3)
+        trained, asked = model.train()(ids), model.eval()(ids)
+        assert torch.equal(trained, asked) == (model is not scratch) and torch.equal(model(ids), asked)
+    assert torch.equal(scratch(ids), plain(ids)), "the rate has no part in the weights"
 
 
 def test_prompt_and_base_must_fit(tmp_path):
@@ -236,26 +207,44 @@ def test_a_vocabulary_that_does_not_match_is_refused(tmp_path):
 
 
 def test_item_vectors_come_from_the_model_that_has_words(tmp_path):
-    """With a checkpoint the RQ-VAE sees the mean of Llama's hidden states over the title's tokens (computed here
-    one title at a time); --text-width or a base without words means title vectors of that width."""
+    """With a checkpoint the RQ-VAE sees the mean of Llama's hidden states over the title's tokens, over the
+    description's, and of both (computed here one text at a time); of what is there. --text-width or a base without
+    words means title vectors of that width, of all the texts."""
     cfg = micro(tmp_path, base=str(checkpoint(tmp_path / "llama")), prompt="paper", text_width=0)
     data, model, tokenizer = (setup.load_dataset(cfg, tmp_path / "world"), setup.load_model(cfg),
                               setup.load_tokenizer(cfg))
-    told = []
+    told, (title, _, rest) = [], data.texts[0]
+    data.texts[:4] = [(title, "what it is", rest), (title, "else", rest), ("", "what it is", ""), ("", "", rest)]
     seen = [setup.item_vectors(cfg, data, model, tokenizer, told.append)]
     with torch.no_grad():
-        wanted = np.stack([model.model(torch.tensor([tokenizer.encode(t).ids]))[0].mean(0).numpy() for t in data.texts])
+        def alone(text):
+            return model.model(torch.tensor([tokenizer.encode(text).ids]))[0].mean(0).numpy()
+        two, other = ((alone(title) + alone(text)) / 2 for text in ("what it is", "else"))
+        wanted = np.stack([two, other, alone("what it is"), alone(rest), *(alone(t) for t, _, _ in data.texts[4:])])
     assert np.allclose(np.asarray(seen[0]), wanted, atol=1e-5), f"off by {np.abs(np.asarray(seen[0]) - wanted).max()}"
-    assert sum(told) == len(data.texts) and seen[0].dtype == torch.float32
+    assert sum(told) == len(data.texts) + 2 and seen[0].dtype == torch.float32
     paper = micro(tmp_path, base=cfg.base, prompt="paper", text_width=7)
     seen.append(setup.item_vectors(paper, data, model, tokenizer))
     seen.append(setup.item_vectors(micro(tmp_path, text_width=9), data, None, None))
-    assert [v.shape[1] for v in seen[1:]] == [7, 9]
+    assert [v.shape[1] for v in seen[1:]] == [7, 9] and not torch.equal(seen[2][0], seen[2][1])
     with pytest.raises(UsageError, match="--text-width"):
         setup.item_vectors(micro(tmp_path, text_width=0), data, None, None)
 
 
-# -- what the notes tell of the lines ---------------------------------------------------------------
+def test_own_semantic_ids_are_read_by_the_items_names(tmp_path):
+    """--ids FILE: a row for every item by its name in the source (a number, in blocks), in any order, others unread; an
+    item without a row is named."""
+    path = tmp_path / "ids.json"
+    for source in ("demo", str(shared_ids(tmp_path / "C"))):
+        names = setup.load_dataset(micro(tmp_path, dataset=source), tmp_path / "world").keys
+        rows = {name: [f"<a_{i % 8}>", f"<b_{i // 8}>"] for i, name in enumerate([*names, "else"])}
+        path.write_text(json.dumps(dict(reversed(rows.items()))))
+        data = setup.load_dataset(cfg := micro(tmp_path, ids=str(path), dataset=source), tmp_path / "world")
+        assert data.ids.codes.tolist() == [[i % 8, i // 8] for i in range(len(names))] and data.keys == names
+        path.write_text(json.dumps({name: row for name, row in rows.items() if name != names[7]}))
+        with pytest.raises(ValueError, match=f"no row for item {names[7]}\n"):
+            setup.load_dataset(cfg, tmp_path / "world")
+
 
 def notes(folder: Path, rows: list[dict], metas: list[str]) -> list[str]:
     (folder / "data").mkdir(exist_ok=True)
@@ -276,8 +265,7 @@ def test_bad_metadata_rows_are_counted(tmp_path):
 
 @pytest.mark.parametrize("fewest", [4, 5])
 def test_a_5core_file_is_noticed(fewest, tmp_path):
-    """Where every user and item has five events or more somebody has filtered already: a warning, for PESO filters per
-    stage; one user with four, and there is none."""
+    """Where every user and item has five events or more: a warning, for PESO filters per stage; one with four: none."""
     rows = [{"user_id": f"u{u}", "parent_asin": f"i{k}", "timestamp": 10**12 + 10**6 * k + u}
             for u in range(9) for k in range(9)
             if u or k < fewest]

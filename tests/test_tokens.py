@@ -230,4 +230,8 @@ def test_batches_are_seeded_shuffled_and_little_padded(made):
     assert padded < 1.15, f"{padded:.2f} times the tokens"
     longest = [max(len(one.ids) for one in batch) for batch in batches(built, 128, generator)]  # one pool
     assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.6, "batches come by length"
+    for pairs, pools in ((16, True), (128, False)):  # within one pool, no batch reaches into the next one's lengths
+        ends = sorted((min(lengths), max(lengths)) for lengths in (
+            [len(one.ids) for one in batch] for batch in batches(built, pairs, generator)))
+        assert any(low < high for (_, high), (low, _) in zip(ends, ends[1:])) == pools, pairs
     assert first[0][0] is not built[0] or first[0][1] is not built[1], "nothing is shuffled"

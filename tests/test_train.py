@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +46,8 @@ def test_the_run_folder(runs):
                for phase in ("semantic-ids", "base", "LoRA-stage-1", *later)}
     folders |= {f"{place}adapters/stage-{t}": "adapter_config.json adapter_model.safetensors manifest.json"
                 for place, t in (("", 1), ("", 2), ("", 3), ("single/", 2), ("single/", 3))}
-    folders |= {".": "config.json stats.md semantic_ids.json metrics.jsonl results.json ranks.json",
-                "single": "results.json ranks.json", "world": "Demo.jsonl meta_Demo.jsonl"}
+    folders |= {".": "config.json stats.md semantic_ids.json metrics.jsonl results.json ranks.json absent.json",
+                "single": "results.json ranks.json absent.json", "world": "Demo.jsonl meta_Demo.jsonl"}
     out, _ = runs["a"]
     assert {p for p in out.rglob("*") if p.is_file()} == {
         out / folder / file for folder, files in folders.items() for file in files.split()}
@@ -71,7 +72,7 @@ def test_results_hold_what_the_design_says(runs):
     """Config, metrics and averages, references, seconds, memory; the numbers are those of the ranks beside them."""
     out, _ = runs["a"]
     result, ranks = report.load(out)
-    assert set(result) == {"config", "stages", "average", "references", "training", "seconds", "peak_memory_bytes"}
+    assert set(result) == {*"config stages average references premiums training seconds peak_memory_bytes".split()}
     assert list(result["stages"]) == list(result["references"]) == list(ranks) == ["1", "2", "3"]
     for t, row in result["stages"].items():
         hits = ((ranks[t] > 0) & (ranks[t] <= 5)).double()
@@ -88,10 +89,10 @@ def test_what_a_run_prints(runs):
     tensors = load_file(out / "adapters" / "stage-1" / "adapter_model.safetensors")
     size = sum(t.numel() for name, t in tensors.items() if "lora_" in name)
     for wanted in ("rank 2", "| D1:3 |", "semantic IDs", "level a:", f"{size:,} of them in the adapter", "Hit@10",
-                   "popularity", "peso - single", "results.json"):
+                   "random", "what adapting can earn", "- single [95 %]", "results.json"):
         assert wanted in printed, f"{wanted!r} is not in\n{printed}"
     assert set((out / "stats.md").read_text().splitlines()) <= set(printed.splitlines())
-    users = {t: int(n.replace(",", "")) for t, n in re.findall(r"^\| D(\d) \| ([\d,]+) \|", printed, re.M)}
+    users = {t: int(n.replace(",", "")) for t, n in re.findall(r"^\| D(\d) +\| +([\d,]+) \|", printed, re.M)}
     assert len(users) == 3 and users == {t: len(ranks) for t, ranks in report.load(out)[1].items()}
 
 
@@ -107,14 +108,21 @@ def test_metrics_jsonl(runs):
     assert {(line["name"], line["stage"]) for line in lines if "valid_ce" in line} == set(order)
 
 
-def test_what_can_be_recommended_at_each_stage(tmp_path, monkeypatch):
-    """The ranker of stage t knows the items of D_1 .. D_t, and is asked for the test users of stage t."""
-    made, asked = set_up(micro(tmp_path)), []
+@pytest.mark.parametrize("seen", ["exclude", "include"])
+def test_what_can_be_recommended_at_each_stage(seen, tmp_path, monkeypatch):
+    """The ranker of stage t knows the items of D_1 .. D_t, and is asked for its test users and, behind, absent ones;
+    with what each has had, which is never the answer, or (--seen include) without."""
+    made, asked = set_up(micro(tmp_path, seen=seen)), []
     monkeypatch.setattr("minipeso.runs.run.Ranker", lambda ids, known, *rest: SimpleNamespace(
-        ranks=lambda model, test, *rest: asked.append((known, {e.stage for e in test}, [e.user for e in test]))))
+        ranks=lambda model, test, own, **how: asked.append((known, test, own))))
+    users = [stage.users for stage in made.stages]
     for t in (1, 2, 3):
         made.rank(t)
-    assert asked == [(made.known[t - 1], {t}, made.stages[t - 1].users) for t in (1, 2, 3)]
+        known, test, own = asked[-1]
+        absent = sorted({u for some in users[:t] for u in some} - {*users[t - 1]})
+        assert (known, [e.user for e in test]) == (made.known[t - 1], users[t - 1] + absent) and bool(absent) == (t > 1)
+        assert len(own) == (len(test) if seen == "exclude" else 0)
+        assert all(some >= {*e.history} and e.target not in some for e, some in zip(test, own))
     assert len({len(known) for known, *_ in asked}) == 3, "every stage brought new items"
 
 
@@ -127,17 +135,6 @@ def test_the_seed_decides_adapter_and_new_rows(tmp_path):
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert {name for name in first if not torch.equal(first[name], other[name])} == drawn
     assert not any(t.any() for name, t in first.items() if name.endswith((".B", ".B_prev")))
-
-
-def test_methods_do_not_depend_on_each_other(tmp_path):
-    """Alone, last of three or first of three: a method computes the same."""
-    for name, method, compare in (
-            ("alone", "single", ""), ("last", "single", "retrain,peso"), ("inner", "peso", "single,retrain")):
-        run(micro(tmp_path / name, method=method, compare=compare))
-    alone, last, inner = (fingerprint(tmp_path / name) for name in ("alone", "last", "inner"))
-    for file in ("results.json", "ranks.json", "adapters/stage-3/adapter_model.safetensors"):
-        assert alone[file] == last[file] == inner[f"single/{file}"], file
-        assert last[f"retrain/{file}"] == inner[f"retrain/{file}"] and last[f"peso/{file}"] == inner[file], file
 
 
 D1 = {u: [(u + 3 * k) % 16 for k in range(6)] for u in range(12)}
@@ -155,7 +152,7 @@ def test_an_empty_later_stage_runs_through(which, tmp_path):
     users = [len(stage) for stage in EMPTY[which]]
     assert [row["users"] for row in result["stages"].values()] == users
     assert [row["hit@10"] is None for row in result["stages"].values()] == [n == 0 for n in users]
-    assert [row["popularity"] is None for row in result["references"].values()] == [n == 0 for n in users]
+    assert [row["cold"] is None for row in result["references"].values()] == [n == 0 for n in users]
     assert (result["average"]["D2-D3"]["hit@10"] is None) == (which == "all")
     files = fingerprint(tmp_path / "run")
     peso, retrain = ([files[f"{place}adapters/stage-{t}/adapter_model.safetensors"] for t in (2, 3)]
@@ -216,6 +213,7 @@ BAD = {  # what the message names: the settings, whose files are made in a folde
     "item 7": lambda f: dict(dataset=index(f, lambda item: item != 7)),
     "has 15 items": lambda f: dict(dataset=index(f, lambda item: item < 15)),
     "2019": lambda f: dict(years="1999-2000"),
+    "the oracle knows": lambda f: dict(dataset=shared_ids(f / "data"), compare="oracle"),
 }
 
 
@@ -280,14 +278,30 @@ def test_eval_of_several_runs_names_them_by_folder(runs, monkeypatch, capsys):
     assert code == 2 and "other test users" in message[0] and len(message) == 3
 
 
+def test_eval_writes_a_page_that_needs_nothing(runs, tmp_path, monkeypatch, capsys):
+    """Whole HTML without scripts or addresses; a module's movement by hand; users away; a run without adapters."""
+    out = shutil.copytree(runs["a"][0], tmp_path / "run")
+    evaluated(monkeypatch, capsys, out, "--report", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not re.search(r"<script|://|src=|href=|[$]", page) and page.count("<h3>User") == 5 == page.count("Took then")
+    for tag in ("table", "tr", "td", "figure", "svg", "details", "div", "pre"):
+        assert re.findall(rf"<{tag}\b", page) and len(re.findall(rf"<{tag}\b", page)) == page.count(f"</{tag}>"), tag
+    v = [load_file(out / f"adapters/stage-{t}/adapter_model.safetensors") for t in (1, 2)]
+    key = next(key for key in v[0] if "lora_A" in key)
+    before, after = (some[key.replace("lora_A", "lora_B")] @ some[key] for some in v)
+    assert f">{((after - before).norm() / before.norm()).item():.3f}</td>" in page and "U_I NDCG@10" in page
+    shutil.rmtree(out / "adapters")
+    evaluated(monkeypatch, capsys, out, "--report", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "No adapter of two stages" in page and "No model to ask" in page and "<polyline" in page
+
+
 @pytest.mark.parametrize("argv, message", [(["empty"], "empty"), (["nowhere"], "nowhere"),
-                                           (["RUN", "--plot", "plot.png"], "pip install")])
+                                           (["RUN", "RUN", "--report", "page.html"], "one run at a time")])
 def test_what_eval_cannot_do(runs, argv, message, tmp_path, capsys, monkeypatch):
-    """An empty folder, a missing one, a plot without matplotlib, the only extra: exit 2, three lines."""
+    """An empty folder, a missing one, a page of two runs: exit 2, three lines."""
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     argv = [str(runs["a"][0]) if word == "RUN" else word for word in argv]
     code, told = fails(argv, capsys, monkeypatch, eval_script.main)
     assert code == 2 and message in "\n".join(told) and len(told) == 3, told

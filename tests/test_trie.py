@@ -1,8 +1,7 @@
 """The flat trie against nested dictionaries."""
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from minipeso.trie import Trie
 from tests.conftest import draws
@@ -78,44 +77,6 @@ def test_doubles_and_the_order_of_items_are_nothing(sets, seed):
     a, b = Trie(codes, n_codes), Trie(torch.cat([codes[order], codes[order[:3]]]), n_codes)
     assert a.leaves == b.leaves and a.width == b.width
     assert all(torch.equal(x, y) for x, y in zip(a.first + a.code, b.first + b.code, strict=True))
-
-
-@pytest.mark.parametrize("levels", [1, 4, 8])
-@pytest.mark.parametrize("corner", [0, 2**31 - 1])
-def test_large_codes_do_not_overflow(levels, corner):
-    """2^31 codes at 8 levels are 2^248 prefixes; items at the corners stay apart and are reached."""
-    codes = torch.full((3, levels), corner)
-    codes[1, 0] = 2**31 - 1 - corner
-    codes[2, -1] = 1000
-    trie = Trie(codes, 2**31)
-    assert trie.leaves == 3 and list(walk(trie, dict_trie(codes))) == [0, 1, 2]
-
-
-def test_ten_thousand_items_against_membership():
-    """A catalogue of the real size: random prefixes may go on exactly where an item has them."""
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(24, (10_000, 4), generator=generator)
-    trie, nested = Trie(codes), dict_trie(codes)
-    assert trie.leaves == len(set(map(tuple, codes.tolist()))) < 10_000
-    for prefix in torch.randint(25, (2000, 4), generator=generator).tolist():
-        node, state = nested, 0
-        for level, code in enumerate(prefix):
-            below = children(trie, state, level)
-            assert (code in below) == (code in node)
-            if code not in node:
-                break
-            node, state = node[code], below[code]
-
-
-def test_arrays_lists_types_and_devices():
-    """Lists, numpy arrays and tensors of any type are codes, and stay as they are; to() moves every array."""
-    items = [[0, 1], [0, 2], [3, 127]]
-    types = (torch.uint8, torch.int8, torch.uint16, torch.int32, torch.float64)
-    for codes in (items, torch.tensor(items).numpy(), *(torch.tensor(items, dtype=dtype) for dtype in types)):
-        assert list(walk(Trie(codes, 2048), dict_trie(items))) == [0, 1, 2]
-        assert torch.as_tensor(codes).tolist() == items
-    moved = Trie(items).to("meta")
-    assert {t.device.type for t in moved.first + moved.code} == {"meta"}
 
 
 @pytest.mark.parametrize("codes, word", [

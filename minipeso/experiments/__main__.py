@@ -6,50 +6,44 @@
     python -m minipeso.experiments table4    statistics of the data
     python -m minipeso.experiments figure2   regularisers, each at the lambda that validation chose
     python -m minipeso.experiments figure3   lambda; figure4: the learning rate of later stages
-    python -m minipeso.experiments evorec    who pays for adaptation: active and inactive users
-    python -m minipeso.experiments audit     what lambda does: ratios of gradients, how far the adapter moves
+    python -m minipeso.experiments tradeoff  by lambda: who gains from the anchor; --world-alpha A for other worlds
+    python -m minipeso.experiments evorec    who pays for adaptation: present and absent users
 
-    --seeds K (3)   --workers N (a core each)   --plot F.png   --resume (finished cells stay)   all flags of train.py
+    --seeds K (5)   --workers N (a core each)   --plot F.png   --resume (finished cells stay)   all flags of train.py
 
 An experiment is a few train.py commands, shown as they start, and a table of what they leave in --out: NAME.md and
-NAME.json. All experiments of one --out share D1 and every cell.
-"""
+NAME.json. All experiments of one --out share D1 and every cell."""
 import argparse
 import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from minipeso.config import Config, UsageError, unknown
+from minipeso.config import MAY_CHANGE, RECIPES, Config, UsageError, changed, unknown
 from minipeso.experiments import paper, scores
 from minipeso.experiments.cells import agree, fill
 from minipeso.runs import report, setup
 from minipeso.runs.command import from_args
 from minipeso.runs.guard import guard
-from minipeso.stages import statistics, statistics_table
+from minipeso.stages import statistics
 
-LAMBDAS = (0, 0.5, 1, 2, 5, 8)  # Figure 3; Section 5.1 searched 0.5 .. 8
+LAMBDAS = (0, 2, 10, 50, 200, 1000)  # Figure 3 and the trade-off; Section 5.1 searched 0.5 .. 8
 RATES = (0.01, 0.05, 0.1, 0.2, 0.5, 1)  # Figure 4
 GRID = {  # Figure 2: the paper's are unknown but for kl; chosen by the validation loss of seed 0
     "kl": (0.5, 1, 2, 5, 8), "output-kl": (0.01, 0.1, 1), "rank-kl": (0.5, 2, 8), "l2": (1e-3, 1e-2, 1e-1),
     "orthogonal": (1e-6, 1e-4, 1e-2)}
-SCALES = {  # the audit: Eq. 12 as it stands, larger, as the release has it, and a scaling of ours
-    **{f"Eq. 12, {lam}": f"peso@lambda={lam}" for lam in (0, 2, 20, 200, 2000, 20000)},
-    "release: A and B apart, mean, 2": "peso@lambda=2@groups=matrix@reduction=mean",
-    "ours: times the group's size, 1": "peso@lambda=1@prox-scale=size",
-}
+COUNTS = ("popularity", "popularity-decayed", "transitions")  # in every table of methods
 
 
 def table4(cfg: Config, done: Callable) -> tuple[str, dict]:
     data = setup.load_dataset(cfg, Path(cfg.out) / "world")
     rows = statistics(data.stages)
-    return "\n".join([statistics_table(rows), "", *data.notes]), {"rows": rows}
+    return "\n".join([report.statistics_table(rows), "", *data.notes]), {"rows": rows}
 
 
 def figure2(cfg: Config, done: Callable) -> tuple[str, dict]:
     """Each regulariser's lambda is chosen on validation (seed 0), then all seeds are run with it."""
-    grid = {name: {f"{name}, lambda {lam:g}": f"peso@proximal={name}@lambda={lam}" for lam in lams}
-            for name, lams in GRID.items()}
+    grid = {p: {f"{p}, lambda {lam:g}": f"peso@proximal={p}@lambda={lam}" for lam in lams} for p, lams in GRID.items()}
     tried = done({row: cell for rows in grid.values() for row, cell in rows.items()}, seeds=1)
     best = [min(rows.items(), key=lambda item: scores.validation(tried[item[0]])) for rows in grid.values()]
     return scores.mean_table(done({"single": "single"} | dict(best)), "single", "regulariser")
@@ -58,16 +52,16 @@ def figure2(cfg: Config, done: Callable) -> tuple[str, dict]:
 EXPERIMENTS = {  # (cfg, done) -> (markdown, values); done(cells or {row: cell}) gives results, learnt if not there
     "table1": lambda cfg, done: scores.gain_table(
         {s: done(["single", *paper.TABLE_1], split=s) for s in ("user-disjoint", "natural")}, paper.TABLE_1),
-    "table2": lambda cfg, done: scores.method_table(done(list(paper.TABLE_2)), paper.TABLE_2),
-    "table3": lambda cfg, done: scores.mean_table(done(paper.TABLE_3), "single", "method"),
+    "table2": lambda cfg, done: scores.method_table(done([*COUNTS, *paper.TABLE_2]), paper.TABLE_2),
+    "table3": lambda cfg, done: scores.mean_table(done([*COUNTS, *paper.TABLE_3]), "single", "method"),
     "table4": table4,
-    "table5": lambda cfg, done: scores.mean_table(done(list(paper.TABLE_5)), "single", "method"),
+    "table5": lambda cfg, done: scores.mean_table(done([*COUNTS, *paper.TABLE_5]), "single", "method"),
     "figure2": figure2,
     "figure3": lambda cfg, done: scores.mean_table(done({f"{x}": f"peso@lambda={x}" for x in LAMBDAS}), "0", "lambda"),
     "figure4": lambda cfg, done: scores.mean_table(
         done({"pretrain": "pretrain"} | {f"{rate}": f"single@later-lr={rate}" for rate in RATES}), "pretrain", "lr*"),
-    "audit": lambda cfg, done: scores.audit_table(done(SCALES), "Eq. 12, 0"),
-    "evorec": lambda cfg, done: scores.split_table(done(["single", "peso", "retrain", "evorec"], inactive=True)),
+    "tradeoff": lambda cfg, done: scores.tradeoff_table(done({f"{x}": f"peso@lambda={x}" for x in LAMBDAS})),
+    "evorec": lambda cfg, done: scores.split_table(done(["pretrain", "single", "peso", "retrain", "evorec"])),
 }
 
 
@@ -81,12 +75,16 @@ def run(name: str, cfg: Config, flags: list[str], seeds: int, workers: int, pict
         agree(cfg)
     text, values = EXPERIMENTS[name](cfg, done)
     dataset, base = (path.rstrip("/").split("/")[-1] for path in (cfg.dataset, cfg.base))
-    text += f"\n\n`{name}`, {dataset}, --base {base}, {seeds} seeds, {f'{cfg.users:,}' if cfg.users else 'all'} users"
+    text += f"\n\n`{name}`, {dataset}, --base {base}, {seeds} seeds, {f'{cfg.users:,}' if cfg.users else 'all'} users, "
+    # what ran, not what the recipe is called: the base and flags may have set other values
+    said = {key: getattr(cfg, key) for key in ("recipe", "dataset", "base", "users", "seed", "method", *MAY_CHANGE)}
+    own = changed(cfg, Config(**RECIPES[cfg.recipe] | said)).splitlines()
+    text += " ".join([f"--recipe {cfg.recipe}", *own])
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     report.write_json(Path(cfg.out) / f"{name}.json", values)
     (Path(cfg.out) / f"{name}.md").write_text(text + "\n")
-    if picture:  # draw refuses what is no figure
-        scores.draw(picture, name, values)
+    if picture:
+        scores.draw(picture, values)
     return text
 
 
@@ -97,12 +95,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, prog="python -m minipeso.experiments")
     parser.add_argument("name", metavar="NAME", help=", ".join(EXPERIMENTS))
-    parser.add_argument("--seeds", type=int, default=3, metavar="K")
+    parser.add_argument("--seeds", type=int, default=5, metavar="K")
     parser.add_argument("--workers", type=int, default=0, metavar="N")
     parser.add_argument("--plot", type=Path, metavar="F.png")
     args, flags = parser.parse_known_args()  # what is not ours is train.py's
     if args.name not in EXPERIMENTS:
         raise UsageError(unknown("experiment", args.name, EXPERIMENTS))
+    if args.plot and args.name != "tradeoff":
+        raise UsageError(f"--plot draws the trade-off\nfound --plot with {args.name}\nleave it out, or ask for that")
     if args.seeds < 1 or args.workers < 0:
         raise UsageError(f"a number is out of range\nfound --seeds {args.seeds} --workers {args.workers}\n"
                          "give one seed or more; --workers 0 chooses by itself")

@@ -1,10 +1,9 @@
 """The cells of a table: train.py learns them, each once; here they are asked for and read.
 
-    OUT/seed-<s>[-disjoint][-inactive]/   a run folder of train.py: pretrain, compared with all other cells
+    OUT/seed-<s>[-disjoint]/             a run folder of train.py: pretrain, compared with all other cells
         <cell>/results.json  ranks.json   of peso@lambda=20, say; pretrain's lie in the folder itself
         <cell>/diverged.txt               instead: why there are none. Such a cell is not tried again
-        log.txt                           the commands, and what train.py said
-"""
+        log.txt                           the commands, and what train.py said"""
 import dataclasses
 import shlex
 import subprocess
@@ -13,7 +12,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,6 +31,7 @@ class Result(NamedTuple):
     diverged: str = ""
     seconds: float = 0.0  # of learning D_2 .. D_T, without ranking
     absent: dict[str, Tensor] = {}  # {stage: (earlier users who are not in it,)}
+    premiums: dict[str, list[float]] = {}  # what adapting and remembering can earn: (mean, low, high)
 
 
 class Job(NamedTuple):
@@ -64,8 +63,7 @@ class Job(NamedTuple):
             return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def ended(self, code: int) -> bool:
-        """Whether to start it again: a cell diverged (or D_1, and all with it), and is marked now. Any other failure of
-        train.py is ours, in its three lines."""
+        """Whether to start it again: a cell (or D_1, so all) diverged, and is marked. Any other failure is ours."""
         log, first = self.folder / "log.txt", self.folder / "checkpoints" / "LoRA-stage-1"
         said = log.read_text(errors="replace").rpartition("\n$ ")[2]  # by the last command alone
         message = said.rpartition("\nerror: ")[2].strip() if "\nerror: " in said else (
@@ -82,9 +80,8 @@ class Job(NamedTuple):
         if self.diverged(cell):
             return Result({}, {}, (place / "diverged.txt").read_text().strip())
         results, ranks = report.load(place)
-        absent = identity.read_json(place / "absent.json", "delete it") if results["config"]["inactive"] else {}
-        return Result(ranks, results["training"], "", results["seconds"].get(cell, 0.0),
-                      {t: torch.tensor(r, dtype=torch.long) for t, r in absent.items()})
+        return Result(ranks, results["training"], "", results["seconds"].get(cell, 0.0), report.absent(place),
+                      results["premiums"])
 
 
 def agree(cfg: Config) -> None:
@@ -95,25 +92,23 @@ def agree(cfg: Config) -> None:
             raise UsageError(f"{out} already holds cells\n{file.parent} is there\n"
                              "add --resume to go on from them, or name another --out")
         there = identity.read_json(file, "name another --out")
-        mine = dataclasses.replace(cfg, **{name: there.get(name) for name in ("method", "seed", "split", "inactive")})
+        mine = dataclasses.replace(cfg, **{name: there.get(name) for name in ("method", "seed", "split")})
         if mine.split not in hashes:  # read once: a large data set takes minutes
             hashes[mine.split] = setup.fingerprints(setup.load_dataset(mine, out / "world"))
         identity.agree(file.parent, mine, hashes[mine.split])
 
 
-def fill(cfg: Config, flags: list[str], cells: list[str], seeds: int, workers: int = 1, split: str = "natural",
-         inactive: bool = False) -> dict[str, list[Result]]:
+def fill(cfg: Config, flags: list[str], cells: list[str], seeds: int, workers: int = 1,
+         split: str = "natural") -> dict[str, list[Result]]:
     """Every cell's results for seeds 0 .. seeds - 1 with cfg's `flags`; only those are learnt that are not there."""
-    kind = "-disjoint" * (split != "natural") + "-inactive" * inactive
-    flags = [*flags, "--split", split, "--inactive" if inactive else "--no-inactive", "--seed"]  # the later of two wins
+    kind, flags = "-disjoint" * (split != "natural"), [*flags, "--split", split, "--seed"]  # the later of two wins
     jobs = [Job(Path(cfg.out) / f"seed-{seed}{kind}", cells, [*flags, str(seed)]) for seed in range(seeds)]
     learn(jobs, workers)
     return {cell: [job.result(cell) for job in jobs] for cell in cells}
 
 
 def learn(jobs: list[Job], workers: int) -> None:
-    """Runs the commands of the jobs that lack cells, `workers` at a time, with one bar of cells. However it ends, no
-    command is left behind: each is told to save its epoch and stop, and is waited for."""
+    """Runs the jobs that lack cells, `workers` at a time. However it ends, each saves its epoch and is waited for."""
     waiting, running = [job for job in jobs if job.missing()], {}
     with Stop.heard(), tqdm(total=sum(len(job.cells) for job in jobs), desc="cells", unit="cell") as bar:
         try:

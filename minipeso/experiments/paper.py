@@ -1,11 +1,8 @@
-"""What the paper reports (arXiv 2510.25093 v1), to stand beside what we measure; nothing is computed from it. Its data
-and model are not those of `--base tiny`: only signs and order can be compared."""
+"""What the paper reports (arXiv 2510.25093 v1). Its data and model are others: compare signs and order alone."""
 # Table 1, Instruments: gain over single evolving LoRA in NDCG@5, per cent: (user-disjoint, natural)
 TABLE_1 = {
     "sumlora-all": (-8.13, -26.77), "sumlora-latest": (-12.20, -22.05), "sumlora-all-inherit": (-3.25, 1.57),
-    "sumlora-latest-inherit": (0.00, 2.36), "sdlora-latest-inherit": (3.25, 0.79),
-}
-
+    "sumlora-latest-inherit": (0.00, 2.36), "sdlora-latest-inherit": (3.25, 0.79)}
 # Table 2, Instruments: Hit@5, Hit@10, NDCG@5, NDCG@10
 TABLE_2 = {
     "pretrain": (0.0166, 0.0216, 0.0115, 0.0131), "single": (0.0181, 0.0253, 0.0127, 0.0150),
@@ -15,14 +12,11 @@ TABLE_2 = {
     "sumlora-all-inherit": (0.0182, 0.0260, 0.0129, 0.0154), "sumlora-latest-inherit": (0.0185, 0.0255, 0.0130, 0.0152),
     "sdlora-all": (0.0156, 0.0226, 0.0107, 0.0129), "sdlora-latest": (0.0156, 0.0218, 0.0102, 0.0123),
     "sdlora-all-inherit": (0.0176, 0.0238, 0.0124, 0.0144), "sdlora-latest-inherit": (0.0184, 0.0254, 0.0128, 0.0150),
-    "peso": (0.0193, 0.0268, 0.0138, 0.0162),
-}
-
+    "peso": (0.0193, 0.0268, 0.0138, 0.0162)}
 # Tables 3 and 5: the mean of the four metrics over stages: (Instruments, Movies & TV, Books)
 TABLE_5 = {
     "lightgcn-pretrain": (0.0153, 0.0028, 0.0041), "lightgcn-finetune": (0.0180, 0.0114, 0.0218),
     "lightgcn-contrastive": (0.0177, 0.0101, 0.0272), "lightgcn-piw": (0.0193, 0.0113, 0.0243),
     "lightgcn-pisa": (0.0194, 0.0106, 0.0301), "pretrain": (0.0157, 0.0160, 0.0235), "single": (0.0178, 0.0169, 0.0414),
-    "peso": (0.0190, 0.0173, 0.0422),
-}
+    "peso": (0.0190, 0.0173, 0.0422)}
 TABLE_3 = [name for name in TABLE_5 if name not in ("lightgcn-contrastive", "lightgcn-piw")]

@@ -1,9 +1,8 @@
 """From the cells of an experiment to its table: means, spread over seeds, and which differences are noise.
 
 A metric is averaged over users within a stage, then over stages, then over seeds; "sd" is over seeds. A difference is
-paired: the same user under two methods, averaged over seeds, with a 95 % bootstrap interval over users within stages.
-Stages without test users are in no average.
-"""
+paired: the same user and seed under two methods. Its 95 % interval is over users and seeds together
+(metrics.bootstrap_interval), of one seed over users alone. Stages without test users are in no average."""
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from minipeso.runs.report import markdown, spans
 
 Filled = dict[str, list[Result]]  # {a row's name: its results, one per seed}
 Beside = dict[str, tuple[str, Sequence[float]]]  # further columns of a row: {column: (format, numbers)}
-NOISE = "**bold**: the interval of the difference does not hold 0"
+OVER = ("single", "sumlora-latest-inherit", "sdlora-latest-inherit")  # what Table 2 gives PESO's gains over
 FOUR = "mean of four"  # the paper's "average performance"
 METRICS = {  # ranks (n,) -> a value per user (n,)
     "H@5": partial(hits, k=5), "H@10": partial(hits, k=10), "N@5": partial(gains, k=5), "N@10": partial(gains, k=10),
@@ -37,14 +36,10 @@ def summary(results: list[Result], reference: list[Result], key: str, stages: li
     of = {"mean": statistics.fmean(seeds), "sd": statistics.stdev(seeds) if len(seeds) > 1 else None, "seeds": seeds}
     if lost(reference):
         return of | dict.fromkeys(("difference", "low", "high"))
-    strata = [per_user(results, key, t) - per_user(reference, key, t) for t in stages]  # (users,) per stage
+    strata = [torch.stack([METRICS[key](a.ranks[t]) - METRICS[key](b.ranks[t])
+                           for a, b in zip(results, reference, strict=True)]) for t in stages]  # (seeds, users) each
     low, high = bootstrap_interval(strata)
     return of | {"difference": statistics.fmean(d.mean().item() for d in strata), "low": low, "high": high}
-
-
-def per_user(results: list[Result], key: str, t: str) -> Tensor:
-    """Every user's mean over seeds at stage t, (users,)."""
-    return torch.stack([METRICS[key](result.ranks[t]) for result in results]).mean(0)  # (seeds, users) -> (users,)
 
 
 def validation(results: list[Result]) -> float:
@@ -72,8 +67,7 @@ def any_ranks(filled: Filled) -> dict[str, Tensor]:
 
 def table(filled: Filled, to: str, corner: str, columns: list[str], stages: list[str],
           beside: Callable[[str], Beside]) -> tuple[str, dict]:
-    """The markdown and the values of all rows. Column "H@10" is the mean, "- H@10" the difference to row `to`; further
-    ones are beside(name). A row that diverged says that alone."""
+    """(markdown, values) of all rows. Column "H@10": mean, "- H@10": difference to row `to`; then beside(name)."""
     texts, values = {}, {}
     for name in [name for name in filled if not lost(filled[name])]:
         more = beside(name)  # in every row the same columns
@@ -88,8 +82,11 @@ def table(filled: Filled, to: str, corner: str, columns: list[str], stages: list
 
 
 def told(texts: list[str], filled: Filled, what: str = "") -> str:
-    """The parts of a text, and what a reader must know of the cells: stages left out, runs that diverged."""
-    said = [f"D{t} has no test users: it is in no average." for t, ranks in any_ranks(filled).items() if not len(ranks)]
+    """The parts of a text, and what one must know: when a difference is bold, stages left out, runs that diverged."""
+    seeds = max(map(len, filled.values()))
+    said = ["**bold**: the interval of the difference does not hold 0; it is over " + (
+        f"{seeds} seeds and their users." if seeds > 1 else "the users of one seed: another may give another.")]
+    said += [f"D{t} has no test users: it is in no average." for t, r in any_ranks(filled).items() if not len(r)]
     for name, results in filled.items():
         why = [result.diverged for result in results if result.diverged]
         said += [f"{what}{name} diverged on {len(why)} of {len(results)} seeds: {why[0]}"] if why else []
@@ -101,21 +98,23 @@ def mean_sd(of: dict) -> str:
 
 
 def interval(of: dict, form: str = ".4f") -> str:
-    if of["difference"] is None:
+    if of.get("difference") is None:
         return "-"
     text = f"{of['difference']:+{form}} [{of['low']:+{form}}, {of['high']:+{form}}]"
     return f"**{text}**" if of["low"] > 0 or of["high"] < 0 else text
 
 
 def method_table(filled: Filled, published: dict) -> tuple[str, dict]:
-    """Table 2's form, once for each of the paper's two averages; the paper's own numbers on the right."""
+    """Table 2's form for each of the paper's two averages, its own numbers on the right, PESO's gains below."""
     columns = ["H@5", "H@10", "N@5", "N@10", "- H@10", "- N@10"]
     texts, values = [], {}
     for span, stages in averaged(filled):
         text, values[span] = table(filled, "single", f"mean over {span}", columns, stages, lambda name: {
             f"paper: {key}": (".4f", published.get(name, ())[i:i + 1]) for key, i in (("H@10", 1), ("N@10", 3))})
-        texts.append(text)
-    legend = f"mean ± sd over seeds; {NOISE}; the paper's columns are its Instruments with Llama-3.2-1B, over D2-D4."
+        gains = [[f"over {name}", *(interval(gain(filled["peso"], filled[name], key, stages), ".1f")
+                                    for key in columns[:4])] for name in OVER if {name, "peso"} <= {*filled}]
+        texts += [text, markdown([["gain of peso, %", *(f"{key} [95 %]" for key in columns[:4])], *gains])]
+    legend = "mean ± sd over seeds; the paper's columns are its Instruments with Llama-3.2-1B, over D2-D4."
     return told([*texts, legend], filled), values
 
 
@@ -123,24 +122,26 @@ def gain_table(splits: dict[str, Filled], published: dict) -> tuple[str, dict]:
     """Table 1's form: gains over single in NDCG@5, per cent, on two splits, and the first's less the second's."""
     lines, values = [], {}
     for name in [name for name in next(iter(splits.values())) if name != "single"]:
-        of = {split: gain(filled[name], filled["single"]) for split, filled in splits.items()}  # paired within a split
+        of = {split: gain(filled[name], filled["single"], "N@5", averaged(filled)[-1][1])
+              for split, filled in splits.items()}  # paired within a split
         apart = [gained["difference"] for gained in of.values() if gained]
-        shown = [interval(gained, ".1f") if gained else "diverged" for gained in of.values()]
-        shown.append(f"{apart[0] - apart[1]:+.1f}" if len(apart) == 2 else "-")
-        lines.append([name, *shown, *(f"{x:+.2f}" for x in published[name])])
+        cells = [interval(gained, ".1f") for gained in of.values()]
+        cells += [f"{apart[0] - apart[1]:+.1f}" if len(apart) == 2 else "-"]
+        lines.append([name, *cells, *(f"{x:+.2f}" for x in published[name])])
         values[name] = of | {"paper": published[name]}
     header = ["NDCG@5 against single, %", *(f"{split} [95 %]" for split in splits), "difference",
               *(f"paper: {split}" for split in splits)]
     rows = {f"{name}, {split}": results for split, filled in splits.items() for name, results in filled.items()}
-    return told([markdown([header, *lines]), f"mean over {averaged(rows)[-1][0]}; {NOISE}"], rows), values
+    return told([markdown([header, *lines]), f"mean over {averaged(rows)[-1][0]}"], rows), values
 
 
-def gain(results: list[Result], single: list[Result]) -> dict[str, float]:
-    """The difference in NDCG@5 and its interval, per cent of single's NDCG@5; {} if one of them diverged."""
-    if lost(results + single):
+def gain(results: list[Result], other: list[Result], key: str, stages: list[str]) -> dict[str, float]:
+    """The difference in a metric and its interval, per cent of the other's mean as it came; {} if there is none."""
+    if lost(results + other):
         return {}
-    of = summary(results, single, "N@5", averaged({"single": single})[-1][1])
-    return {key: 100 * of[key] / (of["mean"] - of["difference"]) for key in ("difference", "low", "high")}
+    of = summary(results, other, key, stages)
+    base = of["mean"] - of["difference"]
+    return {name: 100 * of[name] / base for name in ("difference", "low", "high")} if base else {}
 
 
 def mean_table(filled: Filled, to: str, what: str) -> tuple[str, dict]:
@@ -148,38 +149,14 @@ def mean_table(filled: Filled, to: str, what: str) -> tuple[str, dict]:
     span, stages = averaged(filled)[-1]
     text, values = table(filled, to, what, [FOUR, f"- {FOUR}", "H@10", "- H@10"], stages, lambda name: {
         "validation CE": (".4f", [ce for ce in [validation(filled[name])] if ce < float("inf")])})
-    return told([text, f"mean ± sd over seeds, over {span}; {NOISE}"], filled, f"{what} "), values
-
-
-def audit_table(filled: Filled, zero: str) -> tuple[str, dict]:
-    """What lambda does, against lambda 0 from the same seed and D_1: medians over steps, means over seeds. A row is
-    called "form, lambda".
-    ratio: || lam d prox/dv || / || d CE/dv ||. moved: ||v_t - v_{t-1}||. held: 1 - moved / moved(lam = 0), the share of
-    the movement that the term explains. lam at 10 %: from the ratio, which grows with lam on a given path.
-    """
-    learnt = [result.training for results in filled.values() for result in results if not result.diverged]
-    stages = [t for t in averaged(filled)[-1][1] if all(t in training for training in learnt)]  # else: only test users
-
-    def said(name: str, key: str) -> list[float]:
-        return [statistics.fmean(result.training[t][key] for result in filled[name]) for t in stages]
-
-    def effects(name: str) -> Beside:
-        ratio, moved, lam = said(name, "prox_ce_ratio"), said(name, "moved"), float(name.rpartition(", ")[2])
-        free = [] if lost(filled[zero]) else said(zero, "moved")  # per stage, without the term
-        return {"ratio D2 .. D5, %": (".2g", [100 * x for x in ratio]),
-                "lam at 1 % and 10 %": (".3g", [x * lam / statistics.fmean(ratio) for x in (0.01, 0.1) if any(ratio)]),
-                "moved D2 .. D5": (".2f", moved), "held, %": (".1f", [100 - 100 * a / b for a, b in zip(moved, free)]),
-                "validation CE": (".4f", [validation(filled[name])])}
-    text, values = table(filled, zero, "form, lambda", ["- H@10"], stages, effects)
-    return told([text, NOISE], filled), values
+    return told([text, f"mean ± sd over seeds, over {span}"], filled, f"{what} "), values
 
 
 def split_table(filled: Filled) -> tuple[str, dict]:
-    """Who pays for adaptation: Hit@10 and NDCG@10 of the stage's own users, U_A, of earlier stages' users who are not
-    in it, U_I, each with its last known test question, and of both, U."""
+    """Who pays for adaptation: the stage's own users, U_A, or the absent ones, U_I (stages.questions); U: both."""
     def cost(name: str) -> Beside:
         shares = [said["touched"] for result in filled[name] for said in result.training.values()]
-        touched = statistics.fmean(1.0 if share is None else share for share in shares)  # None: the whole adapter
+        touched = statistics.fmean([1.0 if share is None else share for share in shares] or [0.0])  # None: all of it
         seconds = statistics.fmean(result.seconds / len(result.absent) for result in filled[name])
         return {"adapter touched": (".0%", [touched]), "seconds per stage": (".0f", [seconds])}
     texts, values = [], {}
@@ -189,7 +166,28 @@ def split_table(filled: Filled) -> tuple[str, dict]:
         corner = f"{part}, {statistics.fmean(users.values()):,.0f} users per stage"
         text, values[part] = table(rows, "single", corner, ["H@10", "N@10", "- N@10"], list(users), cost)
         texts.append(text)
-    return told([*texts, f"mean ± sd over seeds, over {averaged(filled)[-1][0]}; {NOISE}"], filled), values
+    return told([*texts, f"mean ± sd over seeds, over {averaged(filled)[-1][0]}"], filled), values
+
+
+def tradeoff_table(filled: Filled) -> tuple[str, dict]:
+    """By lambda: what the anchor gains over lambda 0 in NDCG@10 for U_A and U_I, the lambda that validation picks, and
+    the data's premiums."""
+    parts = {part: {lam: [users_of(part, result) for result in results] for lam, results in filled.items()}
+             for part in ("U_A", "U_I")}
+    rows = {lam: {part: summary(some[lam], some["0"], "N@10", averaged(some)[-1][1]) for part, some in parts.items()}
+            for lam in filled if not lost(filled[lam])}
+    pull = {lam: statistics.fmean(said["prox_ce_ratio"] for result in filled[lam] for said in result.training.values())
+            for lam in rows}
+    chosen, earn = min(rows, key=lambda lam: validation(filled[lam])), filled["0"][0].premiums
+    lines = [[lam + " *" * (lam == chosen), f"{validation(filled[lam]):.4f}", f"{100 * pull[lam]:.2g} %", *(
+        text for of in row.values() for text in (mean_sd(of), "" if lam == "0" else interval(of)))]
+             for lam, row in rows.items()]
+    header = ["lambda", "validation CE", "pull", *(
+        f"{part}{text}" for part in parts for text in (" N@10", " - lambda 0 [95 %]"))]
+    legend = "*: the lambda with the lowest validation loss; pull: the norm of the term's gradient by cross-entropy's"
+    said = "counts say what can be earned, Hit@10: " + ", ".join(
+        f"{what} {mean:+.3f} [{low:+.3f}, {high:+.3f}]" for what, (mean, low, high) in earn.items())
+    return told([markdown([header, *lines]), legend, said], filled), {"rows": rows, "chosen": chosen, "premiums": earn}
 
 
 def users_of(part: str, result: Result) -> Result:
@@ -198,25 +196,22 @@ def users_of(part: str, result: Result) -> Result:
     return result._replace(ranks={t: torch.cat([ranks[t] for ranks in some]) for t in result.absent})
 
 
-def draw(path: Path, name: str, values: dict) -> None:
-    """Figures 2, 3 and 4: the mean of four with the 95 % interval of the difference to the first row, whose level and
-    spread over seeds run across."""
+def draw(path: Path, values: dict) -> None:
+    """The trade-off: the gain over lambda 0 of U_A and U_I; dotted: what validation chooses."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise UsageError(f"--plot needs matplotlib\n{error}\npip install -e '.[plot]'") from error
-    across = {"figure2": "", "figure3": "λ", "figure4": "learning rate of D2.., as a share of D1's"}
-    if name not in across:
-        raise UsageError(f"--plot draws figures\nfound {name}\nask for figure2, figure3 or figure4")
-    (first, level), *others = [(row, of[FOUR]) for row, of in values.items() if "diverged" not in of]
-    labels = [row.replace(", lambda ", "\nλ = ") for row, _ in others]
-    errors = [[abs(of[end] - of["difference"]) for _, of in others] for end in ("low", "high")]  # (2, rows)
-    mean, sd = level["mean"], level["sd"] or 0.0  # of one seed: none
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    axes.errorbar(labels, [of["mean"] for _, of in others], errors, fmt="o" if name == "figure2" else "o-", capsize=4)
-    axes.axhline(mean, color="grey", linestyle="--", label=first)
-    axes.axhspan(mean - sd, mean + sd, color="grey", alpha=0.15, lw=0, label="± sd over seeds")
-    axes.axhspan(0.9 * mean, 1.1 * mean, alpha=0)  # what is small beside the level should look small
-    axes.set(xlabel=across[name], ylabel=f"{FOUR}, D2-D5")
-    axes.legend(frameon=False, title=f"whiskers: 95 % interval of\nthe difference to {first}")
+    lams, names = [float(lam) for lam in values["rows"]], {"U_A": "the stage's users", "U_I": "users who stay away"}
+    for part, color in (("U_A", "#d95f02"), ("U_I", "#1f77b4")):
+        rows = [row[part] for row in values["rows"].values()]
+        axes.plot(lams, [of["difference"] for of in rows], "o-", color=color, label=f"{names[part]}, {part}")
+        axes.fill_between(lams, *([of[end] for of in rows] for end in ("low", "high")), color=color, alpha=0.2, lw=0)
+    axes.axhline(0, color="grey", lw=0.8)
+    axes.axvline(float(values["chosen"]), color="black", linestyle=":", label="chosen by validation")
+    axes.set_xscale("symlog", linthresh=2)
+    axes.set(xlabel="λ", ylabel="NDCG@10 less that of λ = 0", xlim=(-0.3, 1.3 * max(lams)),
+             xticks=lams, xticklabels=[f"{lam:g}" for lam in lams])
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.05, 0.02))
     figure.savefig(path, dpi=150)

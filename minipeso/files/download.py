@@ -1,8 +1,7 @@
 """Files from the Hub: at a pinned revision, only those that are needed, every failure told in three lines (exit 5).
 
 A full cache works offline. Before a download, one short request per missing file asks for its size: a closed gate, a
-wrong token or no network is known in seconds, where huggingface_hub alone would retry in silence for half a minute.
-"""
+wrong token or no network is known in seconds, where huggingface_hub alone would retry in silence for half a minute."""
 import hashlib
 import os
 import re
@@ -20,8 +19,7 @@ PINNED = {  # repository -> revision: what is downloaded today is downloaded tom
     "unsloth/Llama-3.2-1B": "9535bd9b1d1dea6acafbdc4813b728796aeb28da",
     "meta-llama/Llama-3.2-3B": "13afe5124825b4f3751f836b40dafda64c1ed062",
     "unsloth/Llama-3.2-3B": "d4446454d87d51aa42e1fb174f25acc5f8762331",
-    REVIEWS: "2b6d039ed471f2ba5fd2acb718bf33b0a7e5598e",
-}
+    REVIEWS: "2b6d039ed471f2ba5fd2acb718bf33b0a7e5598e"}
 FAULTS = {  # what stands in the way, and what to do: the first kind that fits
     errors.GatedRepoError: ("is gated", "accept the licence on https://huggingface.co/{repo_id}, then `hf auth login` "
                                         "or HF_TOKEN, and run again"),
@@ -30,8 +28,7 @@ FAULTS = {  # what stands in the way, and what to do: the first kind that fits
                                      "check the name; a private one needs `hf auth login`"),
     errors.EntryNotFoundError: ("has no file {name}", "check the name"),
     errors.OfflineModeIsEnabled: ("is not in the cache, and HF_HUB_OFFLINE forbids to ask for it",
-                                  "unset HF_HUB_OFFLINE, or pass a folder"),
-}
+                                  "unset HF_HUB_OFFLINE, or pass a folder")}
 STATUS = {401: "your token is not valid: `hf auth login`, or unset HF_TOKEN", 403: "your token may not read it",
           429: "too many requests: wait some minutes, or log in"}
 
@@ -75,8 +72,7 @@ def can_fetch(repo: str, name: str, kind: str = "model") -> int:
 
 
 def fetch_checkpoint(repo: str, weights: bool = True) -> Path:
-    """The folder with a checkpoint's config and tokenizer, which tell whether the gate is open, then, if wanted, its
-    weights in one file or in shards; without Meta's own files."""
+    """The folder with a checkpoint's config and tokenizer, then, if wanted, its weights in one file or in shards."""
     folder = fetch(repo, ["config.json", "tokenizer.json"])[0].parent
     index = cached(repo, "model.safetensors.index.json")
     if weights and not index:  # else the Hub need not be asked for a single file again
@@ -93,11 +89,6 @@ def reviews_files(category: str) -> list[str]:
     """Ratings and metadata of a category of Amazon Reviews 2023: the 0core CSV, from which only duplicates are gone
     (PESO filters users per stage), and the items' texts. For Musical_Instruments 0.17 + 0.63 GB."""
     return [f"benchmark/0core/rating_only/{category}.csv", f"raw/meta_categories/meta_{category}.jsonl"]
-
-
-def fetch_reviews(category: str) -> tuple[Path, Path]:
-    """(ratings, metadata) of a category."""
-    return tuple(fetch(REVIEWS, reviews_files(category), "dataset"))
 
 
 def content_hash(path: Path) -> str:

@@ -1,7 +1,6 @@
 """A stage's model in the formats of others: a PEFT adapter folder, or a plain Hugging Face folder with merged weights.
 
-`run` is a finished run, opened again: .cfg .model .template .tokenizer .ids .data.keys .known .stage.
-"""
+`run` is a finished run, opened again: .cfg .model .template .tokenizer .ids .data.keys .known .stage."""
 import json
 import os
 import re
@@ -30,7 +29,7 @@ def export_peft(run, adapter: Path, target: Path) -> None:
     base = run.cfg.base
     pinned = f', revision="{PINNED[base]}"' if base in PINNED else ""
     where = 'f"{folder}/base"' if base in BASES else f'"{base}"{pinned}'
-    with _whole(target) as folder:
+    with whole(target) as folder:
         for path in sorted(adapter.iterdir()):
             shutil.copyfile(path, folder / path.name)
         _describe(folder, run, "adapter.md", where=where)
@@ -40,21 +39,20 @@ def export_peft(run, adapter: Path, target: Path) -> None:
 
 
 def export_merged(run, target: Path) -> None:
-    """A checkpoint with weights W + s B A and the codes' tokens, which transformers, vLLM and others load without this
-    package, and minipeso.json, the prompt's parts and the items' tokens."""
-    with _whole(target) as folder:
+    """A checkpoint with weights W + s B A, as vLLM and others load it; minipeso.json: prompt and items' tokens."""
+    with whole(target) as folder:
         _write_model(folder, run, merged=True)
         if run.tokenizer:
             _write_tokenizer(folder, run)
         _describe(folder, run, "merged.md")
         about = {part: getattr(run.template, part) for part in ("preamble", "separator", "tail")}
+        about |= {part: getattr(run.cfg, part) for part in ("window", "beams", "seen")}
         about["items"] = {run.data.keys[item]: run.template.items[item].tolist() for item in run.known}
-        about["window"] = run.cfg.window
         (folder / "minipeso.json").write_text(json.dumps(about) + "\n")
 
 
 @contextmanager
-def _whole(target: Path) -> Iterator[Path]:
+def whole(target: Path) -> Iterator[Path]:
     """A folder to fill beside its name, which it gets whole or not at all; one that holds something stays as it is."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} is in the way\nit is no empty folder\nname a new one")
@@ -106,14 +104,11 @@ def _write_model(folder: Path, run, merged: bool) -> None:
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": bos if eos is None else eos}
     config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": tied,
                "vocab_size": facts["vocabulary"], "torch_dtype": facts["dtype"], **ids}
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", {"do_sample": False, "max_new_tokens": facts["levels"], **ids})
+    ids |= {"do_sample": False, "max_new_tokens": facts["levels"]}
+    for name, content in (("config.json", config), ("generation_config.json", ids)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     save_file(plain_tensors(model, merged), folder / "model.safetensors", {"format": "pt"})
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # safetensors lets nobody else read
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -141,6 +136,6 @@ def _write_tokenizer(folder: Path, run) -> None:
         raise UsageError(f"the tokenizer of {run.cfg.base} knows some of the codes' names\nfor example {names[0]} is "
                          f"token {ids[0]}, expected {first}\nuse the tokenizer.json of the official checkpoint")
     tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|end_of_text|>"}
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special,
-                                                   "clean_up_tokenization_spaces": False})
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token":
+              "<|end_of_text|>", "pad_token": "<|end_of_text|>", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -15,8 +15,7 @@ class BadLine(Exception):
 
 
 def parsed(path: Path, lines: Iterable[tuple[int, str]], parse: Callable, bad: dict[str, int]) -> Iterator:
-    """parse(line) of every numbered line that is no BadLine; these are counted in `bad`, by reason. ValueError after
-    the last line if more than 1 % of them were bad."""
+    """parse(line) of every numbered line but the BadLines, counted in `bad`; ValueError after the last if over 1 %."""
     n_lines, first = 0, []
     for n_lines, (number, line) in enumerate(lines, start=1):
         try:
@@ -34,8 +33,8 @@ def parsed(path: Path, lines: Iterable[tuple[int, str]], parse: Callable, bad: d
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line) of every line that is not blank. gzip is told by content, not by name. A byte that is not UTF-8
-    becomes half of a surrogate pair: it spoils its own line, not the whole file."""
+    """(number, line) of every line that is not blank. gzip is told by content. A byte that is not UTF-8 spoils its own
+    line alone, as half of a surrogate pair."""
     with open(path, "rb") as raw, tqdm(total=path.stat().st_size, desc=f"reading {path.name}", unit="B", leave=False,
                                        unit_scale=True, delay=2, disable=parallel.rank() > 0) as bar:
         stream = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw

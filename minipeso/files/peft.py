@@ -32,10 +32,9 @@ def save_peft(model: nn.Module, folder: str | Path, base: str = "", tables: bool
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
         "modules_to_save": whole or None,
         # a list means the embedding, and a head tied to it; a head of its own has to be named
-        "trainable_token_indices": tokens if len(tokens) > 1 else next(iter(tokens.values()), None),
-    }
-    tensors = {name: torch.cat([p.detach() for p in parts]).cpu().contiguous()
-               for name, parts in sorted(_places(model, tables).items())}
+        "trainable_token_indices": tokens if len(tokens) > 1 else next(iter(tokens.values()), None)}
+    places = sorted(_places(model, tables).items())
+    tensors = {name: torch.cat([p.detach() for p in parts]).cpu().contiguous() for name, parts in places}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -69,8 +68,8 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
-        wrong = [f"adapter_config.json lacks {name}" for name in ("r", "lora_alpha", "target_modules")
-                 if config.get(name) is None]
+        needed = ("r", "lora_alpha", "target_modules")
+        wrong = [f"adapter_config.json lacks {name}" for name in needed if config.get(name) is None]
         wrong += [f"{name} is not finite" for name, t in sorted(tensors.items()) if not t.isfinite().all()]
         if wrong:
             raise ValueError(wrong[0])
@@ -84,8 +83,7 @@ def _differences(model: nn.Module, places: dict, config: dict, tensors: dict[str
     ours = {name: (sum(map(len, parts)), *parts[0].shape[1:]) for name, parts in places.items()}
     theirs = {name: tuple(t.shape) for name, t in tensors.items()}
     wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    wrong = [f"{len(wrong)} tensors differ; {name}: file {theirs.get(name, '-')}, model {ours.get(name, '-')}"
-             for name in wrong]
+    wrong = [f"{len(wrong)} tensors differ; {n}: file {theirs.get(n, '-')}, model {ours.get(n, '-')}" for n in wrong]
     wrong += [f"{name} = {config[name]!r}" for name in ("use_rslora", "alpha_pattern") if config.get(name)]
     scale = config["lora_alpha"] / config["r"]
     return wrong + [f"alpha / r is {scale:g} in the file, {layer.scale:g} in {name}"

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from minipeso.files.reviews import BLOCK_FILES, find_one, matching, unfit
+from minipeso.semantic_ids import SemanticIDs
 from minipeso.stages import Stage
 
 INDEX_FILES = re.compile(r"(?!\.).*\.index.*\.json")
@@ -11,8 +12,7 @@ INDEX_FILES = re.compile(r"(?!\.).*\.index.*\.json")
 
 def read_release(folder: str | Path) -> tuple[list[Stage], Path]:
     """The stages of the authors' block files, and the path of their semantic IDs.
-    C.all.block_k.json = {user: {"previous_block": items, "current_block": items}} is stage k + 1, previous_block its
-    history. A block that is missing leaves a gap in the numbers. ValueError names file and user."""
+    C.all.block_k.json = {user: {"previous_block": history, "current_block": items}} is stage k + 1; some may lack."""
     folder, blocks = Path(folder), {}
     for path in matching(folder, BLOCK_FILES):
         number = int(BLOCK_FILES.fullmatch(path.name)[1]) + 1
@@ -23,6 +23,15 @@ def read_release(folder: str | Path) -> tuple[list[Stage], Path]:
     if not blocks:
         raise unfit(folder, "no stage found", "expected C.all.block_0.json, C.all.block_1.json ...")
     return [_read_block(path, number) for number, path in sorted(blocks.items())], codes_path
+
+
+def write_release(folder: Path, name: str, stages: list[Stage], ids: SemanticIDs) -> None:
+    """The inverse: blocks and IDs of a data set called `name`, for the authors' code or `read_release`."""
+    ids.save(folder / f"{name}.index.json")
+    for stage in stages:
+        block = {user: {"previous_block": [*map(str, stage.history[user])], "current_block": [*map(str, items)]}
+                 for user, items in stage.current.items()}
+        (folder / f"{name}.all.block_{stage.number - 1}.json").write_text(json.dumps(block))
 
 
 def _read_block(path: Path, number: int) -> Stage:

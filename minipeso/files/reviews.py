@@ -4,8 +4,7 @@ Paper, Appendix C.1: a review is an interaction; its rating and text are not use
 
     C.jsonl        one JSON object per line with user_id, parent_asin, timestamp (ms); the rest is ignored
     C.csv          header user_id,parent_asin,rating,timestamp (the Hub's benchmark/0core)
-    meta_C.jsonl   one JSON object per line with parent_asin, title, store, categories, description
-"""
+    meta_C.jsonl   one JSON object per line with parent_asin, title, store, categories, description"""
 import csv
 import html
 import json
@@ -23,11 +22,9 @@ REVIEW_FILES = re.compile(r"(?!meta_|\.).*\.(jsonl|csv)(\.gz)?")
 META_FILES = re.compile(r"meta_.*\.jsonl(\.gz)?")
 BLOCK_FILES = re.compile(r"(?!\.).*\.block_(\d+)\.json")
 EXPECTED = "expected C.jsonl or C.csv with meta_C.jsonl, or .gz of them, or C.all.block_0.json ... with C.index*.json"
-
 KEYS = ("user_id", "parent_asin", "timestamp")
-TEXT_FIELDS = ("title", "store", "categories", "description")
-YEAR_2100 = 4_102_444_800_000  # ms
-SECONDS = range(10**8, 10**10)  # 1973 .. 2286 in seconds; read as ms: the spring of 1970
+TEXT_FIELDS = ("title", "description", "store", "categories")
+YEAR_2100, SECONDS = 4_102_444_800_000, range(10**8, 10**10)  # in ms; 1973 .. 2286 in seconds, as ms the spring of 1970
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 # A tag, an escaped token such as <a_12> or <|eot|>, or a control character: never part of a name.
 MARKUP = re.compile(r"<[^<>\s][^<>]*>|[\x00-\x1f\x7f-\x9f]")
@@ -65,10 +62,8 @@ def dataset_schema(path: str | Path) -> str:
 
 
 def read_reviews(path: str | Path, start: int | None = None, end: int | None = None) -> Interactions:
-    """The interactions in C.jsonl[.gz] or C.csv[.gz], or in a folder with one such file.
-    Every (user, item) once, at its earliest time; then only start <= time < end (ms): the paper's years are 2019-2023,
-    for Books 2022-2023. Duplicates go first, as in the Hub's 0core files, so that both sources agree.
-    ValueError: over 1 % bad lines, times in seconds, nothing in the span."""
+    """The interactions in C.jsonl[.gz] or C.csv[.gz], or in a folder with one: every (user, item) at its earliest time,
+    as in the Hub's 0core files; then start <= time < end (ms). ValueError: none, over 1 % bad lines, or in seconds."""
     path = find_one(path, REVIEW_FILES, "review file")
     bad, lines = {}, read_lines(path)
     parse = _csv_parser(path, lines) if ".csv" in path.suffixes[-2:] else _json_fields
@@ -111,7 +106,6 @@ def _csv_parser(path: Path, lines: Iterator[tuple[int, str]]) -> Callable[[str],
         raise ValueError(f"the CSV has no header\n{path}, line 1: {header[:80]!r}\n"
                          "expected user_id,parent_asin,rating,timestamp")
     user, item, time = map(names.index, KEYS)
-
     def parse(line: str) -> list:
         try:  # line by line: a stray quote must not swallow the lines that follow
             fields = next(csv.reader([line], strict=True)) if '"' in line else line.rstrip("\r\n").split(",")
@@ -163,9 +157,8 @@ def _sorted_keys(numbers: np.ndarray, keys: list[str]) -> tuple[np.ndarray, list
 
 
 def read_items(path: str | Path, keep: set[str] | None = None, bad: dict[str, int] | None = None) -> dict[str, dict]:
-    """{item key: its title, store, categories and description} of meta_C.jsonl[.gz], for the keys in `keep`. Skipped
-    lines are counted in `bad`. A field may be None or of an odd type: show an item by `item_text`. Of two lines with
-    one key the same one is kept whatever their order."""
+    """{item key: its title, description, store and categories} of meta_C.jsonl[.gz], for the keys in `keep`. Skipped
+    lines are counted in `bad`. A field may have any type. Of two lines with one key the same is kept in any order."""
     path, items = find_one(path, META_FILES, "metadata file"), {}
     for key, fields in parsed(path, read_lines(path), _item, {} if bad is None else bad):
         if (keep is None or key in keep) and (key not in items or repr(items[key]) < repr(fields)):
@@ -178,10 +171,12 @@ def _item(line: str) -> tuple[str, dict]:
     return _key("parent_asin", key), dict(zip(TEXT_FIELDS, fields))
 
 
-def item_text(fields: dict, key: str) -> str:
-    """One clean line: "title | store | category, category"; the key if nothing is there."""
-    parts = [", ".join(_texts(fields.get(name))) for name in ("title", "store", "categories")]
-    return " | ".join(filter(None, parts)) or _folded(key)
+def item_texts(fields: dict, key: str) -> tuple[str, str, str]:
+    """(title, description, "store | category, category"), each a clean line or ""; (key, "", "") without any."""
+    title, description, store, categories = (
+        mark.join(_texts(fields.get(name))) for name, mark in zip(TEXT_FIELDS, (" ", " ", ", ", ", ")))
+    texts = title, description, " | ".join(filter(None, (store, categories)))
+    return texts if any(texts) else (_folded(key), "", "")
 
 
 def _texts(value: object) -> list[str]:

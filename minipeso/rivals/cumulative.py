@@ -9,10 +9,8 @@
 Each comes in four variants: `all` sums every past adapter, `latest` only the last; `inherit` starts
 (A_t, B_t) at (A_{t-1}, B_{t-1}), otherwise they start anew. The adapter of D_1 is the first of the sum.
 
-A sum of products is one product of stacked factors, (k+1) r wide: two matrix products per layer however
-many adapters there are, and the same hook (`factors`) serves the forward, merging and export.
-Consequence: a past adapter counts with norm <= 1. Without inheritance stage 2 begins from a shadow of D_1's.
-"""
+The sum is one product of stacked factors, (k+1) r wide, whose hook (`factors`) serves forward, merging and export. A
+past adapter counts with norm <= 1: without inheritance stage 2 begins from a shadow of D_1's."""
 import math
 from collections.abc import Iterable
 
@@ -28,7 +26,6 @@ VARIANTS = ("all", "latest", "all-inherit", "latest-inherit")
 
 class SumLoRALinear(LoRALinear):
     """Eq. 5 with alpha_i = 1. Paper and Release: normalised past, unnormalised present, s on both."""
-
     latest = inherit = False
     growing = ("A_past", "B_past")  # their length depends on the stage
 
@@ -59,11 +56,8 @@ class SumLoRALinear(LoRALinear):
 
 class SDLoRALinear(SumLoRALinear):
     """Eq. 5 with learnt magnitudes, one for every past adapter and one for the present (k + 1,).
-
     Original (Wu et al. 2025): one scalar per task for all layers, from 0.8. Paper: from 1.0. Release: a scalar per
-    layer; s is applied inside its loop over adapters, so it counts again and again. Here: a scalar per layer, s once.
-    """
-
+    layer; s is applied inside its loop over adapters, so it counts again and again. Here: one per layer, and s once."""
     growing = (*SumLoRALinear.growing, "magnitude")
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -87,9 +81,7 @@ class InfLoRALinear(SumLoRALinear):
 
     Original (Liang & Li 2024): B_t = 0 and an unnormalised sum. Paper: as one of Eq. 5's family.
     Release: absent. Here: Eq. 5's directions; `inherit` keeps B_{t-1}, for A_t is computed anew.
-    The memory of an input is kept by the first layer that reads it (q of q, k, v; gate of gate, up).
-    """
-
+    The memory of an input is kept by the first layer that reads it (q of q, k, v; gate of gate, up)."""
     growing = (*SumLoRALinear.growing, "memory")
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -117,12 +109,10 @@ def variants(family: type[SumLoRALinear]) -> dict[str, type[SumLoRALinear]]:
 
 def design_inflora(model: Llama, t: int, n_stages: int, past: Iterable[Batch], now: Iterable[Batch]) -> None:
     """Before stage t: the memory takes in D_{t-1} as the trained model sees it; then every layer's next
-    A = U[:, :r]^T / sqrt(3), U the left singular vectors of D_t's input covariance C outside the memory.
-
-    Threshold of the memory after stage i = t - 2 (from 0) of T: 0.95 + 0.05 i / T (the original's, for CIFAR-100).
-    sqrt(3) gives the vectors in A the size of a fresh LoRA's. Original: r vectors always. Here: 0 for a singular
-    value below 1e-5 ||C||_F, whose vector is rounding noise and points into the memory as likely as not.
-    """
+    A = U[:, :r]^T / sqrt(3), U the left singular vectors of D_t's input covariance C outside the memory. Its threshold
+    after stage i = t - 2 (from 0) of T: 0.95 + 0.05 i / T (the original's, for CIFAR-100). sqrt(3) gives A's vectors
+    the size of a fresh LoRA's. Original: r vectors always. Here: 0 for a singular value below 1e-5 ||C||_F, whose
+    vector is rounding noise and points into the memory as likely as not."""
     for layers, C in covariances(model, past):
         first = layers[0]
         first.memory, retain = update_memory(first.memory, bool(first.retain), C, 0.95 + 0.05 * (t - 2) / n_stages)
@@ -137,19 +127,16 @@ def design_inflora(model: Llama, t: int, n_stages: int, past: Iterable[Batch], n
 @torch.no_grad()
 def covariances(model: Llama, batches: Iterable[Batch]) -> list[tuple[list[InfLoRALinear], Tensor]]:
     """(the layers that share an input, C = mean x x^T (d_in, d_in)) of every distinct input, one pass, without padding.
-    All C are held at once: 4 d_in^2 bytes each, 5.1 GB at the 1B shape (16 layers of three inputs of 2048 and one of
-    8192), and the memories up to half of that."""
+    All C are held at once, 4 d_in^2 bytes each: 5.1 GB at the 1B shape, and the memories up to half of that."""
     model.eval()
     sums, readers = {}, {}  # by the first layer's name: sum of x x^T; the layers that read x
     count, last = 0, (None, "")
-
     def see(name: str, layer: InfLoRALinear, x: Tensor) -> None:
         nonlocal last
         if x is not last[0]:  # q, k and v are handed one tensor, one after another
             last, seen = (x, name), x[real].to(layer.A.dtype)  # (tokens, d_in)
             sums[name] = sums.get(name, 0) + seen.mT @ seen
         readers.setdefault(last[1], {})[name] = layer
-
     with watching(model, see):
         for batch in batches:
             real, count = batch.real, count + int(batch.real.sum())
@@ -158,9 +145,8 @@ def covariances(model: Llama, batches: Iterable[Batch]) -> list[tuple[list[InfLo
 
 
 def free_directions(M: Tensor, retain: bool, C: Tensor) -> tuple[Tensor, Tensor]:
-    """(squared singular values (d,), largest first, left singular vectors as columns (d, d)) of X, C's part in the
-    directions that no earlier stage uses: M M^T C or (I - M M^T) C. As the eigenvectors of X X^T in float64, which
-    is several times cheaper than an SVD."""
+    """(squared singular values (d,), largest first, left singular vectors as columns (d, d)) of X, C's part in the free
+    directions: M M^T C or (I - M M^T) C. As eigenvectors of X X^T in float64, several times cheaper than an SVD."""
     held = M @ (M.mT @ C)  # (d, d)
     X = (held if retain else C - held).double()
     energy, U = torch.linalg.eigh(X @ X.mT)
@@ -168,8 +154,8 @@ def free_directions(M: Tensor, retain: bool, C: Tensor) -> tuple[Tensor, Tensor]
 
 
 def update_memory(M: Tensor, retain: bool, C: Tensor, threshold: float) -> tuple[Tensor, bool]:
-    """DualGPM: the smallest space that holds `threshold` of the energy ||C||_F^2 and all that was held
-    before. M (d, m) spans it or, once it exceeds half of R^d, its complement (retain=True)."""
+    """DualGPM: the smallest space that holds `threshold` of the energy ||C||_F^2 and all that was held before. M (d, m)
+    spans it or, past half of R^d, its complement (retain=True). Its published code drops a vector of the first one."""
     energy, U = free_directions(M, retain, C)
     total = C.double().square().sum()
     free = energy.sum() - energy.cumsum(0)  # what stays outside if the first 1, 2, .. vectors join

@@ -5,9 +5,8 @@
     update   only the located layers' adapters, by cross-entropy on the shortened histories
 
 Its code: github.com/Estadio-c/EvoRec; that of its filter, and its ratios, were not to be had: what is ours is marked.
-There the backbone chooses titles from a list in the prompt; here it generates semantic IDs as everything else.
-Its code has a consistency term, switched off; absent here.
-"""
+There the backbone chooses titles from a list in the prompt; here it generates semantic IDs as everything else. The
+consistency term of its code is switched off there, and absent here."""
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from minipeso import continual
 from minipeso.config import Config
+from minipeso.evaluate import USERS
 from minipeso.llama import Llama
 from minipeso.lora import adapters
 from minipeso.rivals.sasrec import SASRec, fit, relevance
@@ -30,7 +30,7 @@ from minipeso.tokens import Template
 
 @dataclass(frozen=True)
 class Settings(Flags):
-    evo_layers: float = 0.3  # its paper: about 30 % of the layers are updated
+    evo_layers: float = 0.32  # its code: 9 of 28 layers; its paper: about 30 % are updated
     evo_forget: float = 0.2  # ours: the share of a user's past items that is forgotten
     evo_newest: int = 3  # ours: past items that are never forgotten
     filter_epochs: int = 10  # ours: of SASRec, on each stage
@@ -49,13 +49,11 @@ def learn(run, name: str) -> dict[str, Tensor]:
 
 class EvoRec:
     """What lives from stage to stage besides the adapter: the filter, fine-tuned on every D_t."""
-
     def __init__(self, n_items: int, cfg: Config):
         torch.manual_seed(cfg.seed)
         self.filter, self.seen, self.cfg, self.s = SASRec(n_items), 0, cfg, Settings.of(cfg)
 
-    def learn_stage(self, model: Llama, stages: Sequence[Stage], template: Template, log: Callable[[dict], None],
-                    epochs: Callable) -> Stage:
+    def learn_stage(self, model: Llama, stages: Sequence[Stage], template: Template, log: Callable, epochs) -> Stage:
         """Stage t = len(stages) >= 2 -> D_t with shortened histories, to be ranked on."""
         t, shown = len(stages), self.forget(stages)
         located = locate(model, stages[-1], template, self.cfg, self.s.evo_layers)
@@ -67,8 +65,7 @@ class EvoRec:
         return shown
 
     def forget(self, stages: Sequence[Stage]) -> Stage:
-        """D_t with every user's history less its least relevant items. The filter first learns what it has not
-        seen yet of D_1 .. D_t, stage by stage, training items only."""
+        """D_t, histories less their least relevant items. The filter first learns the training items new to it."""
         for stage in stages[self.seen:]:
             carts = [stage.history[u] + stage.training(u) for u in stage.current]
             fit(self.filter, carts, self.s.filter_epochs, self.cfg.seed * 1009 + stage.number)
@@ -81,28 +78,25 @@ class EvoRec:
 
 
 def kept(past: list[int], score: list[float], share: float, newest: int) -> list[int]:
-    """`past` (oldest first) without its floor(share len(past)) items of lowest score; the newest stay whatever
-    their score. Ours: share 0.2 and 3 newest; the original gives no figures."""
-    worst = sorted(range(len(past) - newest), key=lambda k: (score[k], k))
-    forgotten = set(worst[:math.floor(share * len(past))])
-    return [item for k, item in enumerate(past) if k not in forgotten]
+    """`past` (oldest first) without its floor(share len(past)) items of lowest score; the newest stay in any case."""
+    worst = sorted(range(len(past) - newest), key=lambda k: (score[k], k))[:math.floor(share * len(past))]
+    return [item for k, item in enumerate(past) if k not in worst]
 
 
 def locate(model: Llama, stage: Stage, template: Template, cfg: Config, share: float) -> list[int]:
-    """The max(1, floor(share L)) layers that are most often the one with the lowest cosine similarity between a user's
+    """The max(1, round(share L)) layers that are most often the one with the lowest cosine similarity between a user's
     pooled hidden states before and after D_t's training items; ties go to the lower layer. [] if no user has both a
-    past and training items: then nothing is updated (ours). Original: 9 of 28 layers, pooled over padding too."""
+    past and training items: then nothing is updated (ours). Original: pooled over padding too."""
     users = [u for u, past in stage.history.items() if past and stage.training(u)]
     if not users:
         return []
-    similar = []
-    for start in range(0, len(users), cfg.eval_batch):
-        some = users[start:start + cfg.eval_batch]
-        before = pooled(model, [template.prompt(stage.history[u][-cfg.window:]) for u in some])  # (layers, n, d)
-        after = pooled(model, [template.prompt((stage.history[u] + stage.training(u))[-cfg.window:]) for u in some])
-        similar.append(F.cosine_similarity(before, after, dim=-1))  # (layers, users)
+    similar, told = [], [(stage.history[u], stage.history[u] + stage.training(u)) for u in users]  # before, after
+    for start in range(0, len(told), USERS):
+        both = (pooled(model, [template.prompt(items[-cfg.window:]) for items in side])  # (layers, n, d)
+                for side in zip(*told[start:start + USERS]))
+        similar.append(F.cosine_similarity(*both, dim=-1))  # (layers, n)
     count = torch.bincount(torch.cat(similar, 1).argmin(0), minlength=len(model.model.layers))  # (layers,)
-    n = max(1, math.floor(share * len(count)))
+    n = max(1, round(share * len(count)))
     return sorted(torch.sort(count, descending=True, stable=True).indices[:n].tolist())
 
 
@@ -110,23 +104,21 @@ def locate(model: Llama, stage: Stage, template: Template, cfg: Config, share: f
 def pooled(model: Llama, prompts: list[Tensor]) -> Tensor:
     """Every layer's output, averaged over each prompt's own tokens in float32: (layers, prompts, d)."""
     model.eval()
-    ids = torch.nn.utils.rnn.pad_sequence(prompts, True).to(model.device)  # (n, l)
-    lengths = torch.tensor([len(p) for p in prompts], device=model.device)[:, None]  # (n, 1)
-    real, means = torch.arange(ids.shape[1], device=model.device) < lengths, []  # (n, l)
+    ids, real = (torch.nn.utils.rnn.pad_sequence(some, True).to(model.device)  # (n, l), 1 where a token is real
+                 for some in (prompts, [torch.ones_like(p) for p in prompts]))
+    means = []
     with ExitStack() as hooks:
         for layer in model.model.layers:
-            see = lambda module, args, x: means.append((x.float() * real[..., None]).sum(1) / lengths)  # noqa: E731
-            hooks.enter_context(layer.register_forward_hook(see))
+            hooks.enter_context(layer.register_forward_hook(
+                lambda module, args, x: means.append((x.float() * real[..., None]).sum(1) / real.sum(1, True))))
         model.model(ids)
     return torch.stack(means)
 
 
 def freeze_others(model: Llama, located: list[int]) -> float:
     """Leaves a gradient to the located layers' adapters alone -> their share of all adapter parameters."""
-    sizes = {True: 0, False: 0}
-    for name, layer in adapters(model):
-        inside = int(name.split("layers.")[1].split(".")[0]) in located
-        for p in layer.trained():
-            p.requires_grad_(inside)
-            sizes[inside] += p.numel()
-    return sizes[True] / sum(sizes.values())
+    every = [(p, int(name.split("layers.")[1].split(".")[0]) in located)
+             for name, layer in adapters(model) for p in layer.trained()]
+    for p, inside in every:
+        p.requires_grad_(inside)
+    return sum(p.numel() * inside for p, inside in every) / sum(p.numel() for p, _ in every)

@@ -3,10 +3,10 @@
     E^(k+1) = D^-1/2 A D^-1/2 E^(k)     H = mean_k E^(k), k = 0 .. layers     score(u, i) = H_u . H_i
 
 E (U + I, d): users first, then items. A is the bipartite graph of the training interactions. Every node of the
-universe has a vector from the start; one that nobody has met yet keeps its random one.
-"""
+universe has a vector from the start; one that nobody has met yet keeps its random one."""
 import math
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from minipeso.config import LARGEST
 from minipeso.metrics import hit_at
 from minipeso.rivals.settings import Flags
+from minipeso.state import Progress
 
 
 @dataclass(frozen=True)
 class Settings(Flags):
     """Of all two-tower methods; "PISA" is its authors' code."""
-
     tower_width: int = 64  # PISA: dimensions of a user or item vector
     tower_init: float = 0.1  # standard deviation of new vectors. PISA: 0.01, with which D1's best epoch is an early one
     tower_layers: int = 2  # PISA: propagation steps. LightGCN's own example: 3
@@ -39,22 +39,25 @@ class Settings(Flags):
     tower_neighbours: int = 10  # ours: neighbours per node and batch; PISA: all
     tower_clusters: int = 20  # PISA: of items, for PIW's and PISA's preference shift
     tower_share: float = 0.2  # PISA: the share of users with the largest weights, L
-    bounds: ClassVar = {
-        **{f"tower_{name}": (1, LARGEST) for name in "width negatives batch epochs patience neighbours".split()},
+    bounds: ClassVar = {f"tower_{name}": (1, LARGEST) for name in "width negatives batch epochs neighbours".split()} | {
         "tower_tau": (1e-6, 1e6), "tower_init": (1e-6, 1e6), "tower_share": (0, 1), "tower_clusters": (1, 65536)}
 
 
 class Questions(NamedTuple):
     """Whom to ask for what."""
-
     user: Tensor  # (n,)
     target: Tensor  # (n,) items
     seen: Tensor  # (2, k): which question, an item that its user has had
 
 
+def pairs(taken: Iterable[tuple[int, Sequence[int]]]) -> Tensor:
+    """(k, its items), ... -> every (k, item), as columns (2, m)."""
+    every = [(k, item) for k, items in taken for item in items]
+    return torch.tensor(every, dtype=torch.long).reshape(-1, 2).T.contiguous()
+
+
 class Links:
     """The graph of the edges user (m,) - item (m,), doubles counted once, both ways, as CSR lists over U + I nodes."""
-
     def __init__(self, user: Tensor, item: Tensor, n_users: int, n_items: int):
         self.n_users, n, item = n_users, n_users + n_items, n_users + item
         key = torch.unique(torch.cat([user * n + item, item * n + user]))  # (k,), sorted
@@ -72,8 +75,7 @@ class Links:
 
     def sample(self, nodes: Tensor, k: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """(place in nodes (m,), neighbour (m,)): a node's at most k neighbours, or k of them with replacement."""
-        count = self.first[nodes + 1] - self.first[nodes]  # (n,)
-        column = torch.arange(k)
+        count, column = self.first[nodes + 1] - self.first[nodes], torch.arange(k)  # (n,), (k,)
         drawn = (torch.rand(len(nodes), k, generator=draw) * count[:, None]).long()
         chosen = torch.where((count <= k)[:, None], column, drawn)  # (n, k)
         place, j = (column < count[:, None]).nonzero().T
@@ -82,7 +84,6 @@ class Links:
 
 class Lesson(NamedTuple):
     """What there is to learn at a stage, and how it is validated."""
-
     user: Tensor  # (m,) of the training pairs
     item: Tensor  # (m,)
     links: Links  # the graph of these pairs alone
@@ -94,7 +95,6 @@ class Lesson(NamedTuple):
 class Propagate(torch.autograd.Function):
     """propagate(E, A, layers) = P E (U + I, d), P = (I + A + A^2 + ...) / (layers + 1), by Horner's rule. P is
     symmetric as A is, so the gradient of E is P g: the same function, and no transpose is ever built."""
-
     @staticmethod
     def forward(ctx, E: Tensor, A: Tensor, layers: int) -> Tensor:
         ctx.A, ctx.layers, H = A, layers, E
@@ -117,8 +117,7 @@ def bpr_loss(u: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def sample_negatives(user: Tensor, k: int, known: Tensor, had: Tensor, n_items: int, draw: torch.Generator) -> Tensor:
-    """(n, k) items of `known`, uniform over those that the user has not had by now. Release of PISA: over items never
-    taken in the whole corpus, so not the test item, which tells what not to rank low. Here: nothing of the future."""
+    """(n, k) items of `known`, uniform over those that the user has not had yet. PISA's code spares the test item."""
     chosen = known[torch.randint(len(known), (len(user), k), generator=draw)]
     for _ in range(100):  # a user who has had everything keeps a positive; nobody real does
         key = user[:, None] * n_items + chosen
@@ -129,30 +128,33 @@ def sample_negatives(user: Tensor, k: int, known: Tensor, had: Tensor, n_items: 
     return chosen
 
 
+def inner(H: Tensor, n_users: int) -> Callable[[Tensor], Tensor]:
+    """score(u, i) = H_u . H_i, of users (b,) and all items -> (b, I)."""
+    return lambda users: H[users] @ H[n_users:].T
+
+
 @torch.no_grad()
-def full_ranks(H: Tensor, n_users: int, known: Tensor, asked: Questions, top: int = 10, batch: int = 128) -> Tensor:
-    """(n,) int64: the 1-based rank of every target among all `known` items but those the user has had; 0 beyond
-    `top`, and where the target is not known. Ties go to the smaller item number."""
-    items, n_items = H[n_users:], len(H) - n_users
+def full_ranks(scores: Callable[[Tensor], Tensor], known: Tensor, asked: Questions, n_items: int, batch=128) -> Tensor:
+    """(n,) int64: the 1-based rank of every target among all `known` items but those the user has had; 0 beyond ten,
+    and where the target is not known. Ties go to the smaller item number. scores: users (b,) -> (b, I)."""
     hidden = torch.full((n_items,), -torch.inf)
     hidden[known] = 0.0
     question, item = asked.seen[:, torch.argsort(asked.seen[0])]
     ranks = torch.zeros(len(asked.user), dtype=torch.long)
     for start in range(0, len(ranks), batch):  # one product per batch, no loop over users
         some = slice(start, start + batch)
-        score = H[asked.user[some]] @ items.T + hidden  # (b, I)
+        score = scores(asked.user[some]) + hidden  # (b, I)
         low, high = torch.searchsorted(question, torch.tensor([start, start + batch]))
         score[question[low:high] - start, item[low:high]] = -torch.inf
         target = asked.target[some, None]  # (b, 1)
         own = score.gather(1, target)
         ahead = (score > own).sum(1) + ((score == own) & (torch.arange(n_items) < target)).sum(1)
-        ranks[some] = torch.where((ahead < top) & (own[:, 0] > -torch.inf), ahead + 1, 0)
+        ranks[some] = torch.where((ahead < 10) & (own[:, 0] > -torch.inf), ahead + 1, 0)
     return ranks
 
 
 class Free:
     """No regulariser; those of pisa.py have the same three methods."""
-
     def parameters(self) -> list[nn.Parameter]:
         return []
 
@@ -171,17 +173,15 @@ def batch_loss(E: Tensor, H: Tensor, nodes: Tensor, weight_decay: float) -> Tens
 
 
 def fit(E: Tensor, lesson: Lesson, s: Settings, draw: torch.Generator, regulariser: Free = Free()) -> Tensor:
-    """Adam on BPR and the regulariser from E -> the E of the best epoch by Hit@10 on lesson.check.
-
-    Weight decay is a penalty on the batch's own vectors, as LightGCN's. PISA's code gives it to Adam, which rescales it
-    to steps of lr and so shrinks everybody who is absent from D_t towards 0. Validated every second epoch; all methods
-    stop after `tower_patience` validations in a row without a new best (Release: counted after epoch 20).
-    """
+    """Adam on BPR and the regulariser from E -> the E of the best epoch by Hit@10 on lesson.check, every second epoch;
+    `tower_patience` validations in a row without a new best end it (Release: counted after epoch 20). Weight decay is a
+    penalty on the batch's own vectors, as LightGCN's: PISA's code gives it to Adam, which rescales it to steps of lr
+    and so shrinks everybody who is absent from D_t towards 0."""
     user, item, links, known, had, check = lesson
-    E, A, n_users = E.clone().requires_grad_(True), links.A, links.n_users
+    E, A, n_users = nn.Parameter(E.clone()), links.A, links.n_users
     optimiser = torch.optim.Adam([E, *regulariser.parameters()], lr=s.tower_lr, fused=True)
-    best, kept, waited = -math.inf, E.detach().clone(), 0
-    for epoch in range(1, s.tower_epochs + 1):
+    progress = Progress({"E": E}, optimiser, patience=s.tower_patience)
+    for epoch in progress.left(range(1, s.tower_epochs + 1)):
         regulariser.begin_epoch(propagate(E.detach(), A, s.tower_layers))
         for some in torch.randperm(len(user), generator=draw).split(s.tower_batch):
             H = propagate(E, A, s.tower_layers)
@@ -192,13 +192,9 @@ def fit(E: Tensor, lesson: Lesson, s: Settings, draw: torch.Generator, regularis
             loss.backward()
             optimiser.step()
         if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the two-tower loss is no longer finite\nfound {loss.item()} in epoch {epoch}\n"
-                                     "lower --tower-lr")
+            raise FloatingPointError(f"two-tower loss: not finite\n{loss.item()} in epoch {epoch}\nlower --tower-lr")
         if epoch % 2 == 0 or epoch == s.tower_epochs:
-            hit = hit_at(full_ranks(propagate(E.detach(), A, s.tower_layers), n_users, known, check), 10)
-            waited += 1
-            if hit > best:
-                best, kept, waited = hit, E.detach().clone(), 0
-            if waited >= s.tower_patience:
-                break
-    return kept
+            H = propagate(E.detach(), A, s.tower_layers)
+            progress.keep_best(-hit_at(full_ranks(inner(H, n_users), known, check, len(E) - n_users), 10))
+    progress.take_best()
+    return E.detach()

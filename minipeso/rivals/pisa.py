@@ -1,9 +1,7 @@
 """Continual two-tower regularisers of Table 5: Contrastive, Contrastive + PIW, PISA. Baselines, as lightgcn.py.
 
-Each is added to BPR at stage t >= 2 and pulls the current vectors H towards constant references: H_prev of the model of
-t - 1 (old weights on the new graph, as in PISA's code), for PISA also H_next of a freely fine-tuned model of t.
-Only nodes of the batch that existed before take part.
-"""
+Each is added to BPR at stage t >= 2 and pulls the vectors H of a batch's old nodes towards constant references: H_prev
+of the model of t - 1 (on the new graph, as in PISA's code), for PISA also H_next of a freely fine-tuned model of t."""
 import math
 
 import torch
@@ -16,9 +14,7 @@ from minipeso.rqvae import kmeans
 
 def info_nce(x: Tensor, z: Tensor, own: Tensor, weight: Tensor, tau: float) -> Tensor:
     """-mean_b w_b log( exp(cos(x_b, z_own(b)) / tau) / sum_j exp(cos(x_b, z_j) / tau) ) -> ().
-
-    x (n, d) references, z (m, d) current vectors, own (n,) which z is x_b's, weight (n,). 0 if n = 0.
-    """
+    x (n, d) references, z (m, d) current vectors, own (n,) which z is x_b's, weight (n,). 0 if n = 0."""
     if not len(x):
         return z.sum() * 0.0
     logits = F.normalize(x, dim=-1) @ F.normalize(z, dim=-1).T / tau  # (n, m)
@@ -35,22 +31,19 @@ class Contrastive(Free):
     """beta [ I(u_prev, u) + I(i_prev, i) + I(items of u, u) + I(users of i, i) ] (Wang et al. 2021).
 
     Neighbours are those of the stages before, their references H_prev; at most `tower_neighbours` per node, drawn
-    anew for every batch. PISA's code: all of them, quadratic in popular items. Here: a sample with the same mean.
-    """
-
+    anew for every batch. PISA's code: all of them, quadratic in popular items. Here: a sample with the same mean."""
     def __init__(self, prev: Tensor, links: Links, old: Tensor, s: Settings, draw: torch.Generator):
         self.prev, self.links, self.old, self.s, self.draw = prev, links, old, s, draw  # old (U + I,) bool
-        self.n_users = links.n_users
 
     def weights(self, H: Tensor, users: Tensor) -> Tensor:
         """w_u (n,), how strongly each user is held."""
         return torch.ones(len(users))
 
     def __call__(self, H: Tensor, user: Tensor, item: Tensor) -> Tensor:
-        users, items = (nodes[self.old[nodes]] for nodes in (user.unique(), self.n_users + item.unique()))
+        users, items = (nodes[self.old[nodes]] for nodes in (user.unique(), self.links.n_users + item.unique()))
         both = (users, self.weights(H, users)), (items, torch.ones(len(items)))
-        return self.s.contrast * sum(self.hold(self.prev, H, nodes, w, links) for links in (None, self.links)
-                                     for nodes, w in both)
+        held = [self.hold(self.prev, H, nodes, w, links) for links in (None, self.links) for nodes, w in both]
+        return self.s.contrast * sum(held)
 
     def hold(self, reference: Tensor, H: Tensor, nodes: Tensor, weight: Tensor, links: Links | None = None) -> Tensor:
         """I of every node with its own reference; with links, with its neighbours', where weights carry no gradient."""
@@ -66,9 +59,7 @@ class PIW(Contrastive):
     delta_u = (g_prev(u) - g(u))^2 (K,), g_k(u) = softmax_k(c_k^T W_k h_u) over K item clusters.
 
     PISA's code, and here: the same W and the current centroids c for both times. w multiplies the user term with its
-    gradient, so it may shrink. MLP K -> 50 -> 1.
-    """
-
+    gradient, so it may shrink. MLP K -> 50 -> 1."""
     def __init__(self, *held):
         super().__init__(*held)
         d, K = self.prev.shape[1], self.s.tower_clusters
@@ -81,11 +72,11 @@ class PIW(Contrastive):
         return [self.W, *self.mlp, *self.bias]
 
     def begin_epoch(self, H: Tensor) -> None:
-        self.centres = kmeans(H[self.n_users:][self.old[self.n_users:]], len(self.W), self.draw)  # (K, d)
+        self.centres = kmeans(H[(n := self.links.n_users):][self.old[n:]], len(self.W), self.draw)  # (K, d)
 
     def weights(self, H: Tensor, users: Tensor) -> Tensor:
         g_prev, g = (torch.einsum("kd,kde,ne->nk", self.centres, self.W, h[users]).softmax(-1) for h in (self.prev, H))
-        hidden = F.relu(F.linear((g_prev - g).square(), self.mlp[0], self.bias[0]))  # (n, 50)
+        hidden = F.linear((g_prev - g).square(), self.mlp[0], self.bias[0]).relu()  # (n, 50)
         return F.softplus(F.linear(hidden, self.mlp[1], self.bias[1]))[:, 0]
 
 
@@ -95,20 +86,17 @@ class PISA(Contrastive):
 
     s_u = JSD(G_prev(u), G(u)), G(u) = softmax_k(c_k . h_u) over K clusters of the current items; w_u = sigmoid(s_u -
     mean s). w+ = w_u for the largest `tower_share` of the batch, else 0; w- = 1 - w_u likewise. Weights carry a
-    gradient in the self terms only. A user without a past has no self term and w+ = 0.5 for the neighbours.
-    """
-
+    gradient in the self terms only. A user without a past has no self term and w+ = 0.5 for the neighbours."""
     def __init__(self, *held, next_model: Tensor, next_links: Links):
         super().__init__(*held)
         self.next, self.next_links = next_model, next_links  # (U + I, d), of D_t alone
 
     def begin_epoch(self, H: Tensor) -> None:
-        self.centres = kmeans(H[self.n_users:], self.s.tower_clusters, self.draw)  # (K, d)
+        self.centres = kmeans(H[self.links.n_users:], self.s.tower_clusters, self.draw)  # (K, d)
 
     def split(self, H: Tensor, users: Tensor) -> tuple[Tensor, Tensor]:
         """(w+, w-) of users (n,), each (n,)."""
-        before, now = ((h[users] @ self.centres.T).softmax(-1) for h in (self.prev, H))  # (n, K)
-        shift = js_divergence(before, now)
+        shift = js_divergence(*((h[users] @ self.centres.T).softmax(-1) for h in (self.prev, H)))  # of (n, K) each
         w = torch.sigmoid(shift - shift.mean())
         return largest(w, self.s.tower_share), largest(1 - w, self.s.tower_share)
 
@@ -116,7 +104,7 @@ class PISA(Contrastive):
         everyone = user.unique()
         old = self.old[everyone]
         plus, minus = self.split(H, users := everyone[old])
-        follow = torch.full((len(everyone),), 0.5).masked_scatter(old, plus.detach())
+        follow = torch.full((len(everyone),), 0.5).masked_scatter(old, plus)
         total = self.hold(self.next, H, users, plus) + self.hold(self.prev, H, users, minus)
         total = total + self.hold(self.prev, H, users, minus, self.links)
         return self.s.pisa_alpha * (total + self.hold(self.next, H, everyone, follow, self.next_links))

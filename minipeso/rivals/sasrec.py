@@ -10,7 +10,6 @@ LENGTH = 50  # items of history it sees
 
 class SASRec(nn.Module):
     """items (n, l), right-padded with -1 -> states (n, l, d): what each position expects next."""
-
     def __init__(self, n_items: int, d: int = 64, blocks: int = 2, dropout: float = 0.2):
         super().__init__()
         self.item, self.position = nn.Embedding(n_items, d), nn.Embedding(LENGTH, d)
@@ -54,6 +53,5 @@ def relevance(model: SASRec, carts: Sequence[Sequence[int]], batch: int = 512) -
     for start in range(0, len(carts), batch):
         some = carts[start:start + batch]
         for items, states in zip(some, model(pad(some))):  # (l, d)
-            last = states[min(len(items), LENGTH) - 1]
-            scores.append(F.cosine_similarity(model.item(torch.tensor(items)), last, dim=-1))
+            scores.append(F.cosine_similarity(model.item(torch.tensor(items)), states[min(len(items), LENGTH) - 1], -1))
     return scores

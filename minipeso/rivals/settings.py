@@ -8,7 +8,6 @@ from minipeso.config import Config, check_numbers
 @dataclass(frozen=True)
 class Flags:
     """A subclass's fields are flags of train.py, with their defaults; the comment behind each is its help."""
-
     bounds: ClassVar[dict[str, tuple[float, float]]] = {}  # field -> from, to; the others as config.BOUNDS has it
 
     @classmethod

@@ -1,15 +1,14 @@
 """The two-tower rows of Tables 3 and 5: LightGCN under the same stages, test items and metrics as the LLM.
 
 At stage t a model starts from that of t - 1 and learns D_t on the graph of D_t alone (the PISA authors' protocol);
-`pretrain` stays the model of D_1. Ranking is over the items known at the stage, less those the user has had.
-"""
-from collections.abc import Iterable, Sequence
+`pretrain` stays the model of D_1. Ranking is over the items known at the stage, less those the user has had."""
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from minipeso.config import Config
-from minipeso.rivals.lightgcn import Free, Lesson, Links, Questions, Settings, fit, full_ranks, propagate
+from minipeso.rivals.lightgcn import Free, Lesson, Links, Questions, Settings, fit, full_ranks, inner, pairs, propagate
 from minipeso.rivals.pisa import PISA, PIW, Contrastive
 from minipeso.stages import Stage
 
@@ -22,10 +21,9 @@ def learn(run, name: str) -> dict[str, Tensor]:
 
 class TwoTowers:
     """The two-tower methods on one data set and seed. User u is node self.node[u], item i is node n_users + i."""
-
     def __init__(self, stages: Sequence[Stage], known: list[list[int]], n_items: int, cfg: Config):
         self.stages, self.known, self.n_items = stages, [torch.tensor(items) for items in known], n_items
-        self.seed, self.s = cfg.seed, Settings.of(cfg)
+        self.seed, self.s, self.excluded = cfg.seed, Settings.of(cfg), cfg.seen == "exclude"
         users = sorted(set().union(*(stage.current for stage in stages)))
         self.node, self.n_users = {user: node for node, user in enumerate(users)}, len(users)
 
@@ -43,16 +41,16 @@ class TwoTowers:
             if t > 1 and method != "lightgcn-pretrain" and any(map(stage.training, stage.current)):
                 lesson = self.lesson(t)
                 E = fit(E, lesson, self.s, draw, self.regulariser(method, E, lesson, t, draw))
-            H = propagate(E, lesson.links.A, self.s.tower_layers)  # (U + I, d)
-            ranks[str(stage.number)] = full_ranks(H, self.n_users, self.known[t - 1], self.ask(stage, 1))
+            scores = inner(propagate(E, lesson.links.A, self.s.tower_layers), self.n_users)
+            ranks[str(t)] = full_ranks(scores, self.known[t - 1], self.ask(stage, 1), self.n_items)
         return ranks
 
     def lesson(self, t: int) -> Lesson:
         """D_t's training pairs, and the graph of them alone."""
         stage = self.stages[t - 1]
         user, item = self.training_pairs([stage])  # (m,)
-        past = pairs((self.node[u], items) for u, items in stage.history.items())
-        had = torch.unique(torch.cat([past[0] * self.n_items + past[1], user * self.n_items + item]))
+        whose, items = pairs((self.node[u], stage.history[u] + stage.training(u)) for u in stage.current)
+        had = torch.unique(whose * self.n_items + items)
         links = Links(user, item, self.n_users, self.n_items)
         return Lesson(user, item, links, self.known[t - 1], had, self.ask(stage, 2))
 
@@ -61,10 +59,11 @@ class TwoTowers:
         return pairs((self.node[u], stage.training(u)) for stage in stages for u in stage.current)
 
     def ask(self, stage: Stage, last: int) -> Questions:
-        """The item `last` places from the end of each user's stage (1: test, 2: validation), and all before it."""
+        """The item `last` places from the end of each user's stage (1: test, 2: validation), and what it had before."""
         users = [u for u, taken in stage.current.items() if len(taken) >= last]
         user, target = pairs((self.node[u], stage.current[u][-last:][:1]) for u in users)
-        return Questions(user, target, pairs(enumerate(stage.history[u] + stage.current[u][:-last] for u in users)))
+        before = [stage.history[u] + stage.current[u][:-last] if self.excluded else [] for u in users]
+        return Questions(user, target, pairs(enumerate(before)))
 
     def regulariser(self, method: str, E: Tensor, lesson: Lesson, t: int, draw: torch.Generator) -> Free:
         """What holds stage t >= 2 to the model of t - 1; for PISA also to a first, free fine-tuning on D_t."""
@@ -79,9 +78,3 @@ class TwoTowers:
             return {"lightgcn-contrastive": Contrastive, "lightgcn-piw": PIW}[method](*held)
         ahead = propagate(fit(E, lesson, self.s, draw), lesson.links.A, self.s.tower_layers)
         return PISA(*held, next_model=ahead, next_links=lesson.links)
-
-
-def pairs(taken: Iterable[tuple[int, Sequence[int]]]) -> Tensor:
-    """(k, its items), ... -> every (k, item), as columns (2, m)."""
-    every = [(k, item) for k, items in taken for item in items]
-    return torch.tensor(every, dtype=torch.long).reshape(-1, 2).T.contiguous()

@@ -62,8 +62,7 @@ def write_file(path: Path, text: str) -> None:
 
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into, which then gets a manifest of hashes and its name. A crash at any point leaves the
-    old folder, the new one or none, never half of one."""
+    """An empty folder to fill, which then gets a manifest and its name: a crash leaves the old one, this or none."""
     with unfinished(folder) as part:
         part.mkdir(parents=True)
         yield part
@@ -147,7 +146,6 @@ def locked(folder: Path) -> Iterator[None]:
 
 class Stop:
     """SIGTERM and Ctrl-C end the process with 143 and 130, at once or after what it `waits` for; a second at once."""
-
     signum, waits = 0, False
 
     @classmethod
@@ -183,7 +181,6 @@ class Stop:
 
 class Checkpoints:
     """The phases of a run whose settings have the hash `settings`. With each goes what its log has said so far."""
-
     def __init__(self, folder: Path, settings: str, log_of: Callable[[str], Log]):
         self.folder, self.settings, self.log_of, self.due = folder, settings, log_of, 0.0
 
@@ -192,7 +189,7 @@ class Checkpoints:
         def left(progress: Progress, all_epochs: range) -> Iterator[int]:
             for newest in self.numbered(f"{phase}.epoch-")[-1:]:
                 progress.load_state(*self.load(newest, phase))
-            for epoch in all_epochs[progress.epoch:]:
+            for epoch in progress.left(all_epochs):
                 Stop.waits, began = True, time.monotonic()
                 yield epoch
                 progress.epoch += 1
@@ -244,8 +241,7 @@ class Checkpoints:
         return tensors, facts
 
     def check(self) -> None:
-        """Reads every checkpoint; a broken one is told and removed, so that the one before it counts. CheckpointError,
-        and nothing removed, if there are checkpoints and none is intact."""
+        """Reads every checkpoint; a broken one is told and removed: the one before counts. CheckpointError if all."""
         places, broken = sorted(p for p in self.folder.glob("*") if p.is_dir()), {}
         for place in places:
             try:

@@ -1,8 +1,7 @@
 """What this machine has for a run, and what it lacks, each with its remedy:  python -m minipeso.runs.doctor
 
 Works offline, never shows a token. Exit 0 if the demo can run; what only the paper's run lacks is no failure.
-A finding is (name, state, remedy or "" if nothing is amiss, whether the demo needs it).
-"""
+A finding is (name, state, remedy or "" if nothing is amiss, whether the demo needs it)."""
 import os
 import re
 import shutil

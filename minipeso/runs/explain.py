@@ -6,7 +6,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from minipeso.beam import beam_search
 from minipeso.config import Config, category_of
 from minipeso.evaluate import Ranker
 from minipeso.files.download import REVIEWS, cached, reviews_files
@@ -15,10 +14,10 @@ from minipeso.files.reviews import dataset_schema
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.lora import adapter_parameters, inject
 from minipeso.objective import answer_loss
-from minipeso.runs import setup
+from minipeso.runs import report, setup
 from minipeso.runs.facts import HUB_BYTES, MODELS, TABLE_4
 from minipeso.semantic_ids import SemanticIDs
-from minipeso.stages import examples, statistics, statistics_table
+from minipeso.stages import examples, had, statistics
 from minipeso.tokens import Template, collate, sequences
 
 
@@ -69,7 +68,7 @@ def _stages(cfg: Config) -> tuple[str, list[tuple[int, int]]]:
         return "\n".join(["stages, by the paper's Table 4 (the data is not here):", *(lines or ["  not known"])]), sizes
     with TemporaryDirectory() as folder:
         stages = setup.load_dataset(cfg, Path(folder, "world")).stages
-    return statistics_table(statistics(stages)), [(len(stage.users), stage.interactions) for stage in stages]
+    return report.statistics_table(statistics(stages)), [(len(stage.users), stage.interactions) for stage in stages]
 
 
 def _meta_model(cfg: Config) -> Llama:
@@ -91,15 +90,16 @@ def explain(model: Llama, data: setup.Dataset, ids: SemanticIDs, template: Templ
     """One test user of the last stage that has any, preferably one whose item is recommended, through every step."""
     def text(item: int) -> str:
         return "{id} {title:.70}".format(**data.described(ids, item))
-
     stage, known = next(pair for pair in zip(data.stages[::-1], data.known[::-1]) if pair[0].current)
     test, ranker = examples(stage, "test", cfg.window)[:200], Ranker(ids, known, template, cfg.beams, cfg.hit)
-    ranks = ranker.ranks(model, test, cfg.eval_batch)  # (users,)
+    owned = had(data.stages)
+    own = [owned[e.user] for e in test] if cfg.seen == "exclude" else []
+    ranks = ranker.ranks(model, test, own)  # (users,)
     example = test[chosen := int((ranks > 0).int().argmax())]
     prompt = template.prompt(example.history).to(model.device)  # (l,)
     loss = answer_loss(model, collate(sequences([example], template), model.device)).item()
-    codes, scores = beam_search(model, [prompt], ranker.trie.to(model.device), template.first_token, cfg.beams)
-    beams = [(ids.item_of(code), score) for code, score in zip(codes[0].tolist(), scores[0].tolist())]
+    _, codes, scores = next(ranker.search(model, [example.history], own[chosen:chosen + 1]), (0, (), ()))
+    beams = [(ids.item_of(code), score) for code, score in zip(codes, scores)]
     for step, value in (
             ("raw row", data.raw(example.user, example.target)),
             ("stage", f"D{stage.number}: a test pair, the last of the user's items in this stage"),

@@ -8,10 +8,8 @@ SHARDS = ["model.safetensors.index.json", *(f"model-0000{i}-of-00002.safetensors
 MODELS = {"Llama-3.2-1B": (LLAMA_1B, ["model.safetensors"]), "Llama-3.2-3B": (LLAMA_3B, SHARDS)}  # shape, weight files
 HUB_BYTES = {  # of the pinned revisions
     "Musical_Instruments.csv": 172_583_864, "meta_Musical_Instruments.jsonl": 631_877_970, "tokenizer.json": 9_085_657,
-    "model.safetensors": 2_471_645_608, **dict(zip(SHARDS, (20_919, 4_965_799_096, 1_459_729_952))),
-}
+    "model.safetensors": 2_471_645_608, **dict(zip(SHARDS, (20_919, 4_965_799_096, 1_459_729_952)))}
 TABLE_4 = {  # (users, interactions) of D1 .. D5
     "Musical_Instruments": ((17046, 141788), (1772, 13197), (1821, 13334), (2289, 18811), (2238, 17573)),
     "Movies_and_TV": ((17928, 190411), (1866, 17665), (2106, 19874), (2284, 22929), (2332, 22225)),
-    "Books": ((15406, 164858), (1807, 13918), (1672, 12395), (1948, 14824), (1652, 11990)),
-}
+    "Books": ((15406, 164858), (1807, 13918), (1672, 12395), (1948, 14824), (1652, 11990))}

@@ -28,8 +28,8 @@ def guard(main: Callable[[], None]) -> None:
             raise
         text = str(error) or repr(error)
         if isinstance(error, (MemoryError, RuntimeError)):
-            text = (f"not enough memory\n{text.splitlines()[0]}\nlower --eval-batch (--resume goes on), --batch, "
-                    "--beams or --users, or use a smaller --base")
+            text = (f"not enough memory\n{text.splitlines()[0]}\nlower --beams (--resume goes on), --batch or --users, "
+                    "or use a smaller --base")
         elif isinstance(error, OSError) and error.errno:
             text = f"the system refused to open, read or write\n{error}\ncheck the path, its permissions and the space"
         print(f"\nerror: {text}", file=sys.stderr)

@@ -44,13 +44,11 @@ def begin(out: Path, cfg: Config, hashes: dict[str, str]) -> None:
 
 
 def agree(out: Path, cfg: Config, hashes: dict[str, str] | None = None) -> None:
-    """The settings (and hashes) must be those that the run in `out` began with: UsageError names what differs. Another
-    version of a package is let pass, and told."""
+    """The settings (and hashes) must be those that the run began with: UsageError says which not. Versions: a note."""
     before, now = read_json(out / "config.json", "start anew, without --resume"), settings(cfg, MAY_CHANGE)
     then = before["hashes"] if isinstance(before.get("hashes"), dict) else {}
-    names = sorted((before.keys() | now.keys()) - {*FACTS, *MAY_CHANGE})
-    differ = [f"{flag(name)} {before.get(name)} there, {now.get(name)} now" for name in names
-              if before.get(name) != now.get(name)]
+    pairs = [(n, before.get(n), now.get(n)) for n in sorted((before.keys() | now.keys()) - {*FACTS, *MAY_CHANGE})]
+    differ = [f"{flag(name)} {there} there, {here} now" for name, there, here in pairs if there != here]
     differ += [f"{HASHES[name]} another hash" for name in hashes or () if then.get(name) != hashes[name]]
     if differ:
         raise UsageError(f"{out} was begun with other settings\n{'; '.join(differ)}\n"
@@ -61,8 +59,7 @@ def agree(out: Path, cfg: Config, hashes: dict[str, str] | None = None) -> None:
 
 def read_settings(folder: Path) -> tuple[Path, Config]:
     """(the run's own folder, Config) of a run, or of a method inside it. UsageError if config.json was changed."""
-    root = folder if (folder / "config.json").is_file() else folder.parent
-    path = root / "config.json"
+    path = (root := folder if (folder / "config.json").is_file() else folder.parent) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run\nit has no config.json\npass a folder that train.py --out left")
     about = read_json(path, "run anew")

@@ -11,11 +11,8 @@ EVERY = 10  # training steps between two lines of metrics.jsonl
 
 
 class Log:
-    """log(record) moves the bar of the record's stage; every tenth step, and whatever is no step, becomes a line.
-
-    `text` has the lines so far and `seconds` the time spent in epochs. Both are saved with the training: after an
-    interruption `replay` says the lines again."""
-
+    """log(record) moves the bar of the record's stage; every tenth step, and whatever is no step, is a line. `text`
+    (the lines) and `seconds` (in epochs) are saved with the training, for `replay` after an interruption."""
     def __init__(self, path: Path | None, name: str):
         self.path, self.name, self.bar = path, name, None
         self.text, self.seconds = "", 0.0

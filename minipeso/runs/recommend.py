@@ -1,17 +1,12 @@
-"""What a finished run recommends: ten real items per user, by the search that was evaluated. The prompt ends with the
-user's newest items, also those that evaluation holds back."""
+"""What a finished run recommends: ten items per user, by the search that was evaluated, from all that the user has."""
 import difflib
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
-from minipeso.beam import beam_search
 from minipeso.config import UsageError
-from minipeso.runs.checkpoints import write_file
+from minipeso.evaluate import Ranker
 from minipeso.runs.run import Run
-from minipeso.trie import Trie
 
 
 def histories(run: Run) -> dict[str, list[int]]:
@@ -24,14 +19,13 @@ def histories(run: Run) -> dict[str, list[int]]:
 
 def top_items(run: Run, some: Sequence[list[int]], top: int = 10) -> list[list[tuple[int, float]]]:
     """The `top` (item, score) per history, best first. Items that share an ID share its score, lower numbers first."""
-    known, best, cfg, device = set(run.known), [], run.cfg, run.model.device
-    trie = Trie(run.ids.codes[run.known], run.ids.n_codes).to(device)
-    for start in tqdm(range(0, len(some), cfg.eval_batch), "recommend", leave=False, unit="batch", delay=1):
-        prompts = [run.template.prompt(items[-cfg.window:]).to(device) for items in some[start:start + cfg.eval_batch]]
-        codes, scores = beam_search(run.model, prompts, trie, run.template.first_token, max(top, cfg.beams))
-        for beams in zip(codes.tolist(), scores.tolist()):  # per user (beams, L) and (beams,)
-            places = [(item, score) for code, score in zip(*beams) for item in run.ids.item_of(code)]
-            best.append([place for place in places if place[0] in known][:top])
+    cfg, best = run.cfg, [[] for _ in some]
+    ranker = Ranker(run.ids, run.known, run.template, max(top, cfg.beams))
+    own = [set(items) if cfg.seen == "exclude" else set() for items in some]
+    found = ranker.search(run.model, [items[-cfg.window:] for items in some], own)
+    for i, codes, scores in tqdm(found, "recommend", len(some), leave=False, unit="user", delay=1):
+        places = [(item, score) for code, score in zip(codes, scores) for item in ranker.items.get(code, ())]
+        best[i] = [place for place in places if place[0] not in own[i]][:top]
     return best
 
 
@@ -55,10 +49,3 @@ def recommend(run: Run, name: str) -> str:
         f"user {name}, D{run.stage}: {len(users[name])} items taken, the last {len(shown)} are the prompt", *shown,
         f"{run.cfg.method} recommends (log-probability, semantic ID, title)",
         *(f"{i:>2} {row['score']:7.2f} {row['id']}  {row['title']}" for i, row in enumerate(answer["items"], 1))])
-
-
-def recommend_all(run: Run, path: Path) -> int:
-    """One JSON line per user, in a file that is there whole or not at all. -> users"""
-    lines = [json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n" for answer in answers(run, histories(run))]
-    write_file(path, "".join(lines))
-    return len(lines)

@@ -19,8 +19,8 @@ def reopen(folder: Path, stage: int = 0) -> Run:
     adapters = {int(place.parent.name.removeprefix("stage-")): place.parent for place in places}  # D_1's is everybody's
     stage = stage or max(adapters, default=0)
     if stage not in adapters:
-        raise UsageError(f"no adapter of {f'D{stage}' if stage else 'any stage'} in {folder}\n"
-                         f"there are {', '.join(f'D{t}' for t in sorted(adapters)) or 'none'}\n"
+        there = ", ".join(f"D{t}" for t in sorted(adapters)) or "none"
+        raise UsageError(f"no adapter of {f'D{stage}' if stage else 'any stage'} in {folder}\nthere are {there}\n"
                          "choose one of them, or pass a run of an LLM method that came to its end")
     run = Run(replace(read_settings(root)[1], out=str(root), resume=True), writes=False)
     with contextlib.redirect_stdout(io.StringIO()):

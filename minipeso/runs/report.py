@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from minipeso.config import Config
-from minipeso.evaluate import reference_hits
-from minipeso.metrics import CUTOFFS, average, hits, paired_interval, summary
+from minipeso.metrics import METRICS, average, bootstrap_interval, gains, hits, summary
 from minipeso.runs import identity
 from minipeso.runs.checkpoints import write_file
 from minipeso.stages import Stage
 
-METRICS = [f"{name}@{k}" for name in ("hit", "ndcg") for k in CUTOFFS]
 PICKS = {"valid_ce": min, "prox_ce_ratio": statistics.median, "moved": max, "anchor": max, "touched": max}
+PREMIUMS = {"adapting": "transitions-first", "remembering": "transitions-last"}  # against what `transitions` gains
 Ranks = dict[str, Tensor]  # {stage: (users,)}
 
 
@@ -33,18 +32,45 @@ def results(ranks: Ranks) -> dict:
     return {"stages": rows, "average": means}
 
 
-def write(folder: Path, cfg: Config, stages: list[Stage], known: list[list[int]], ranks: Ranks, log: str,
-          seconds: dict) -> None:
-    """results.json and ranks.json of one method; with --inactive absent.json, the ranks of who is not in the stage."""
+def write(folder: Path, cfg: Config, stages: list[Stage], ranks: Ranks, log: str, more: dict) -> None:
+    """results.json and ranks.json of one method; absent.json, the ranks of who is not in the stage."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {str(stage.number): len(stage.users) for stage in stages}
     own = {t: r[:sizes[t]] for t, r in ranks.items()}
-    whole = {"config": identity.settings(cfg), **results(own), "references": reference_hits(stages, known),
-             "training": what_training_said(log), "seconds": seconds, "peak_memory_bytes": peak_memory()}
-    if cfg.inactive:
-        write_json(folder / "absent.json", {t: r[sizes[t]:].tolist() for t, r in ranks.items() if t != "1"})
+    more = {"training": what_training_said(log), "peak_memory_bytes": peak_memory()} | more
+    write_json(folder / "absent.json", {t: r[sizes[t]:].tolist() for t, r in ranks.items() if t != "1"})
     write_json(folder / "ranks.json", {t: r.tolist() for t, r in own.items()})
-    write_json(folder / "results.json", whole)
+    write_json(folder / "results.json", {"config": identity.settings(cfg), **results(own), **more})
+
+
+def references(stages: list[Stage], known: list[list[int]]) -> dict[str, dict]:
+    """Per stage Hit@10 of ten random items, and the share of cold targets, which no training item of D_1 .. D_t is."""
+    counted, of = set(), {}
+    for stage, items in zip(stages, known, strict=True):
+        counted.update(i for user in stage.current for i in stage.training(user))
+        targets = [taken[-1] for taken in stage.current.values()]
+        cold = sum(t not in counted for t in targets) / len(targets) if targets else None
+        of[str(stage.number)] = {"random": min(1.0, 10 / len(items)), "cold": cold}
+    return of
+
+
+def premiums(ranks: dict[str, Ranks], users: dict[str, int]) -> dict[str, tuple[float, float, float]]:
+    """{"adapting", "remembering"}: what transition counts of D_1 .. D_t gain in Hit@10 over those of D_1 or D_t alone,
+    (mean, low, high) over D_2 .. D_T. users: how many a stage has; behind them are the absent ones."""
+    of = {}
+    for what, other in PREMIUMS.items():
+        strata = [(hits(ranks["transitions"][t][:n], 10) - hits(ranks[other][t][:n], 10))[None]
+                  for t, n in users.items() if t != "1" and n]  # (1, users) per stage
+        if strata:
+            of[what] = (sum(d.mean().item() for d in strata) / len(strata), *bootstrap_interval(strata))
+    return of
+
+
+def premium_lines(of: dict[str, tuple[float, float, float]]) -> str:
+    """What can be gained here at all, in words; before any training."""
+    lines = [f"what {what} can earn, counts of D1..Dt less counts of {less}: Hit@10 {mean:+.4f}, 95 % interval "
+             f"{low:+.4f} .. {high:+.4f}" for less, (what, (mean, low, high)) in zip(("D1", "Dt"), of.items())]
+    return "\n".join(lines) or "no stage after D1 has test users: nobody can gain from adapting or remembering"
 
 
 def write_json(path: Path, value) -> None:
@@ -52,8 +78,7 @@ def write_json(path: Path, value) -> None:
 
 
 def what_training_said(log: str) -> dict[str, dict]:
-    """{stage: the best validation loss, the median of the logged prox/ce ratios, how far the adapter moved, the norm of
-    its anchor, EvoRec's share of it} from a method's lines of metrics.jsonl."""
+    """{stage: {name: the best validation loss, the median prox/ce ratio, ...}} of PICKS from lines of metrics.jsonl."""
     said = defaultdict(lambda: {name: [] for name in PICKS})
     for line in map(json.loads, log.splitlines()):
         for name in PICKS.keys() & line.keys():
@@ -80,12 +105,24 @@ def load(folder: Path) -> tuple[dict, Ranks]:
         ranks = {t: torch.tensor(r, dtype=torch.long) for t, r in lists.items()}
         computed = results(ranks)
         wrong = [part for part, value in computed.items() if rounded(whole[part]) != rounded(value)]
-        wrong += ["references"] * any(whole["references"][t].keys() != {"random", "popularity", "cold"} for t in ranks)
+        wrong += ["references"] * any(whole["references"][t].keys() != {"random", "cold"} for t in ranks)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         wrong = [repr(error)]
     if wrong:
         raise ValueError(f"{paths[0]} is not what ranks.json beside it gives\nwrong: {wrong[0]}\n{remedy}")
     return whole | computed, ranks
+
+
+def side_by_side(folders: dict[str, Path]) -> tuple[dict[str, dict], dict[str, Ranks], dict[str, Ranks]]:
+    """What `tables` shows of the runs in these folders, by their names."""
+    results, ranks = zip(*map(load, folders.values()))
+    return dict(zip(folders, results)), dict(zip(folders, ranks)), {n: absent(folder) for n, folder in folders.items()}
+
+
+def absent(folder: Path) -> Ranks:
+    """{stage: ranks (users,)} of the users of earlier stages who are not in the stage, U_I; {} of a two-tower model."""
+    lists = identity.read_json(folder / "absent.json", "delete results.json and run train.py again with --resume")
+    return {t: torch.tensor(r, dtype=torch.long) for t, r in lists.items() if r}
 
 
 def rounded(value) -> dict:
@@ -95,25 +132,30 @@ def rounded(value) -> dict:
 
 # -- tables --------------------------------------------------------------------------------------------
 
-def tables(runs: dict[str, dict], ranks: dict[str, Ranks]) -> str:
+def tables(runs: dict[str, dict], ranks: dict[str, Ranks], absents: dict[str, Ranks]) -> str:
     """Everything there is to say of some runs over the same stages."""
     reference = "single" if "single" in runs else next(iter(runs))
-    return "\n\n".join(filter(None, [stage_table(runs), summary_table(runs), differences(ranks, reference)]))
+    return "\n\n".join([stage_table(runs), summary_table(runs), differences(ranks, absents, reference),
+                        premium_lines(next(iter(runs.values()))["premiums"])])
+
+
+def statistics_table(rows: list[dict]) -> str:
+    """Rows of stages.statistics, rounded as in the paper's Table 4."""
+    formats = {"stage": "{}", "avg_length": "{:.2f}", "sparsity": "{:.4f}"}
+    header = "|Total Users|New Users|Total Items|New Items|Total Interactions|Avg Seq Len|Sparsity".split("|")
+    return markdown([header, *(["NA" if x is None else formats.get(name, "{:,}").format(x) for name, x in row.items()]
+                               for row in rows)])
 
 
 def stage_table(runs: dict[str, dict]) -> str:
-    """Hit@10 per stage, each with its standard error over users; random and popularity beside it, and the share of test
-    items that nobody takes in what can be learnt."""
-    first = next(iter(runs.values()))
-    stages, references = first["stages"], first["references"]
+    """Hit@10 per stage, each with its standard error over users, below `references`."""
+    stages, references = (next(iter(runs.values()))[key] for key in ("stages", "references"))
     table = [["Hit@10 ± s.e.", *(f"D{t}" for t in stages)]]
     table.append(["test users", *(f"{row['users']:,}" for row in stages.values())])
-    for key, name in (("cold", "their items cold"), ("random", "random"), ("popularity", "popularity")):
-        table.append([name, *(_number(references[t][key]) for t in stages)])
-    for name, run in runs.items():
-        rows = run["stages"].values()
-        table.append([name, *(f"{_number(row['hit@10'])} ± {_number(row['se_hit@10'])}" for row in rows)])
-    return markdown(table)
+    table += [[name, *(_number(references[t][key]) for t in stages)]
+              for key, name in (("cold", "their items cold"), ("random", "random"))]
+    return markdown(table + [[name, *(f"{_number(row['hit@10'])} ± {_number(row['se_hit@10'])}" for row in
+                                      run["stages"].values())] for name, run in runs.items()])
 
 
 def summary_table(runs: dict[str, dict]) -> str:
@@ -140,17 +182,28 @@ def markdown(table: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def differences(ranks: dict[str, Ranks], to: str) -> str:
-    """Each method's mean difference to method `to` in Hit@10 over the users of D2 and later, with the paired
-    bootstrap's 95 % interval: an interval that holds 0 is a difference within the noise."""
-    later = {name: torch.cat([hits(r, 10) for t, r in run.items() if t != "1"]) for name, run in ranks.items()}
-    lines = []
-    for name, some in later.items():
-        if name != to and len(some):
-            mean, (low, high) = (some - later[to]).mean(), paired_interval(some, later[to])
-            word = "within the noise" if low <= 0 <= high else "beyond the noise"
-            lines.append(f"{name} - {to}: Hit@10 {mean:+.4f}, 95 % interval {low:+.4f} .. {high:+.4f}, {word}")
-    return "\n".join(lines)
+def differences(ranks: dict[str, Ranks], absents: dict[str, Ranks], to: str) -> str:
+    """Who gains: means over the later stages of the stage's own users, U_A, and of those who stay away, U_I, and what
+    they are less those of method `to`, with a 95 % interval over the users of this seed: bold if it does not hold 0."""
+    kinds = ("U_A Hit@10", ranks, hits), ("U_A NDCG@10", ranks, gains), ("U_I NDCG@10", absents, gains)
+    table = [["D2 and later", *(title for kind, *_ in kinds for title in (kind, f"- {to} [95 %]"))]]
+    for name in ranks:
+        pairs = [[(metric(some[name][t], 10)[None], metric(some[to][t], 10)[None])  # (1, users) each
+                  for t in sorted(some[name].keys() & some[to].keys() - {"1"}) if len(some[to][t])]
+                 for _, some, metric in kinds]
+        table.append([name, *(cell for strata in pairs for cell in _compared(strata, name != to))])
+    return markdown(table) + ("\n\nU_A: the stage's users; U_I: those of earlier stages who are not in it; **bold**: "
+                              "beyond the noise between the users of this seed, which says nothing of other seeds")
+
+
+def _compared(strata: list[tuple[Tensor, Tensor]], differ: bool) -> list[str]:
+    """The mean of the first of each pair, and of its difference to the second, as text."""
+    if not strata:
+        return ["-", "-"]
+    less, (low, high) = [a - b for a, b in strata], bootstrap_interval([a - b for a, b in strata])
+    mean, gain = (sum(x.mean().item() for x in some) / len(some) for some in ([a for a, _ in strata], less))
+    text = f"{gain:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return [f"{mean:.4f}", (f"**{text}**" if low > 0 or high < 0 else text) if differ else ""]
 
 
 def _number(value: float | None) -> str:

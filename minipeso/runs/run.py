@@ -2,8 +2,7 @@
 
     RUN/          config.json  stats.md  metrics.jsonl  semantic_ids.json  adapters/stage-<t>/  checkpoints/
                   results.json  ranks.json
-    RUN/METHOD/   adapters and results of a method that --method's is compared with
-"""
+    RUN/METHOD/   adapters and results of a method that --method's is compared with"""
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from minipeso import parallel
 from minipeso.config import Config
-from minipeso.continual import base_data, train_stage
+from minipeso.continual import stage_data, train_stage
 from minipeso.evaluate import Ranker
 from minipeso.files.hub import checkpoint_folder, checkpoint_hash
 from minipeso.files.peft import save_peft
@@ -28,7 +27,7 @@ from minipeso.runs.checkpoints import KEPT, CheckpointError, Checkpoints, Stop, 
 from minipeso.runs.log import Log, bar
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.snapshot import Snapshot, restore, snapshot
-from minipeso.stages import Stage, examples, inactive, statistics, statistics_table
+from minipeso.stages import Example, Stage, had, questions, statistics
 from minipeso.state import Progress
 
 ADAPTERS = {kind.__name__: kind for kind in (LoRALinear, *(method.adapter for method in METHODS.values()))}
@@ -43,8 +42,7 @@ def begun(cfg: Config) -> "Iterator[Run]":
 
 
 class Run:
-    """cfg, stages, known items, ids, template, model; ranks = {method: {stage: (users,)}}, the inactive users' last."""
-
+    """cfg, stages, known items, ids, template, model; ranks = {method: {stage: (users,)}}, the absent users' last."""
     def __init__(self, cfg: Config, writes: bool = True):
         self.cfg, self.out, self.writes = cfg, Path(cfg.out), writes
         self.goes_on = cfg.resume and (self.out / "config.json").is_file()
@@ -75,7 +73,11 @@ class Run:
             if self.writes and not parallel.rank():
                 self.clear_folder(hashes)
         self.stages, self.known, self.n_items = self.data.stages, self.data.known, len(self.data.keys)
-        self.tell(statistics_table(statistics(self.stages)), "\n".join(self.data.notes))
+        self.tell(report.statistics_table(statistics(self.stages)), "\n".join(self.data.notes))
+        if self.writes:  # what there is to gain, before anything is learnt
+            counts = {name: METHODS[name].learn(self, name) for name in ("transitions", *report.PREMIUMS.values())}
+            self.premiums = report.premiums(counts, {str(s.number): len(s.users) for s in self.stages})
+            self.tell(report.premium_lines(self.premiums))
 
     def clear_folder(self, hashes: dict[str, str]) -> None:
         """What is unfinished, broken or of another run goes; metrics.jsonl will be said again."""
@@ -87,8 +89,7 @@ class Run:
         write_file(self.out / "metrics.jsonl", "")
 
     def load_base(self) -> None:
-        """The items' semantic IDs, the same for all stages, prompts made of them, and the base with their tokens:
-        pretrained, or trained here on D_0, the pairs of a share of D_1's users."""
+        """The items' semantic IDs, prompts of them, and the base with their tokens: pretrained, or learnt on D_1."""
         cfg = self.cfg
         with self.timed("semantic IDs"), parallel.first_goes_ahead():
             self.model = setup.load_model(cfg)
@@ -108,27 +109,31 @@ class Run:
     def fit_ids(self) -> SemanticIDs:
         """An RQ-VAE on the items' vectors; a Llama's, which take long, are kept until it is done."""
         cfg, data = self.cfg, self.data
-
         def vectors() -> dict[str, Tensor]:
-            with bar("titles", self.n_items, "item") as advance:
+            with bar("texts", sum(map(len, data.spoken)), "text") as advance:
                 return {"x": setup.item_vectors(cfg, data, self.model, self.tokenizer, advance.update)}
-
         def epochs(progress: Progress, some: range) -> Iterable[int]:
             return tqdm(self.epochs("semantic-ids")(progress, some), "RQ-VAE", len(some), leave=False, unit="epoch")
-
         def fit() -> dict[str, Tensor]:
             x = self.once("item-vectors", vectors)["x"].to(setup.device_of(cfg))
-            ids = SemanticIDs.fit(x, cfg.rqvae_epochs, cfg.seed, lr=cfg.rqvae_lr, epochs_left=epochs, levels=cfg.levels,
-                                  codes=cfg.codes, d_latent=cfg.latent, hidden=cfg.rqvae_hidden)
+            ids = SemanticIDs.fit(x, cfg.rqvae_epochs, cfg.seed, cfg.ids == "unique", self.born(), epochs,
+                                  levels=cfg.levels, codes=cfg.codes, d_latent=cfg.latent, hidden=cfg.rqvae_hidden)
             return {"codes": ids.codes, "collisions": torch.tensor(ids.collisions_before)}
         fitted = self.once("semantic-ids", fit)
         remove(self.checkpoints.folder / "item-vectors")
         return SemanticIDs(fitted["codes"], cfg.codes, int(fitted["collisions"]))
 
+    def born(self) -> list[int] | None:
+        """The stage in which each item can first be recommended; None if the tokenizer is to see all at once."""
+        if self.cfg.ids_from == "all":
+            return None
+        born = {item: t for t, known in reversed([*enumerate(self.known, 1)]) for item in known}
+        return [born[item] for item in range(self.n_items)]
+
     def learn_base(self) -> dict[str, Tensor]:
-        """The model's own parameters after D_0."""
+        """The model's own parameters after D_1's training pairs."""
         cfg = replace(self.cfg, lr=self.cfg.base_lr, epochs=self.cfg.base_epochs, proximal="none")
-        data = base_data(self.stages[0], self.template, cfg)
+        data = stage_data(self.stages[:1], self.template, cfg.window)
         train_stage(self.model, data, 0, cfg, self.log("base"), self.epochs("base"))
         return dict(self.model.named_parameters())
 
@@ -138,8 +143,7 @@ class Run:
         """The tensors of a phase: from an earlier start that finished it, or computed now and kept."""
         finished = self.checkpoints.finished(phase)
         if not finished and not self.writes:
-            raise CheckpointError(f"{self.out} is not complete\ncheckpoints/{phase} is missing\n"
-                                  "run train.py again with --resume")
+            raise CheckpointError(f"{self.out} is not complete\ncheckpoints/{phase} is missing\nrun it with --resume")
         if not finished:
             finished = compute(), {}
             self.checkpoints.finish(phase, *finished)
@@ -177,14 +181,18 @@ class Run:
 
     # -- what it says and leaves
 
-    def rank(self, t: int, stage: Stage | None = None) -> Tensor:
-        """The rank of every test item of D_t (as `stage` shows it) among what the model now recommends, 0 if it is not
-        there; with --inactive behind them those of the users who are not in D_t."""
-        test = examples(stage or self.stages[t - 1], "test", self.cfg.window)
-        test += inactive(self.stages[:t]) * self.cfg.inactive
+    def questions(self, t: int, shown: Stage | None = None) -> tuple[list[Example], list[set[int]]]:
+        """D_t's test questions (as `shown`, if given, has them), the absent users' behind; what each user has had."""
+        asked = questions([*self.stages[:t - 1], shown or self.stages[t - 1]], self.cfg.window)
+        own = had(self.stages[:t])
+        return asked, [own[e.user] for e in asked] if self.cfg.seen == "exclude" else []
+
+    def rank(self, t: int, shown: Stage | None = None) -> Tensor:
+        """The rank of every test item of D_t, 0 if the model does not recommend it; behind them the absent users'."""
+        test, own = self.questions(t, shown)
         ranker = Ranker(self.ids, self.known[t - 1], self.template, self.cfg.beams, self.cfg.hit)
         with self.timed("test"), bar(f"test D{t}", len(test), "user") as advance:
-            return ranker.ranks(self.model, test, self.cfg.eval_batch, advance.update)
+            return ranker.ranks(self.model, test, own, progress=advance.update)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -211,9 +219,10 @@ class Run:
     def finish(self, name: str) -> None:
         """Writes the method's results.json and ranks.json."""
         log = self.log(name)
+        more = {"references": report.references(self.stages, self.known), "premiums": self.premiums,
+                "seconds": self.seconds | {name: log.seconds}}
         with parallel.first_goes_ahead():  # the others' tables read what it wrote
-            report.write(self.folder(name), self.cfg.of(name), self.stages, self.known, self.ranks[name], log.text,
-                         self.seconds | {name: log.seconds})
+            report.write(self.folder(name), self.cfg.of(name), self.stages, self.ranks[name], log.text, more)
 
     def finished_before(self) -> bool:
         """Whether, with --resume, nothing is left to compute; --explain needs the model again."""
@@ -224,7 +233,6 @@ class Run:
 
     def tables(self) -> None:
         """Prints the results of all methods side by side."""
-        results, ranks = zip(*(report.load(self.folder(name)) for name in self.cfg.methods))
-        print(report.tables(dict(zip(self.cfg.methods, results)), dict(zip(self.cfg.methods, ranks))))
+        print(report.tables(*report.side_by_side({name: self.folder(name) for name in self.cfg.methods})))
         seconds = sum(self.seconds.values()) + sum(log.seconds for log in self.logs.values())
         print(f"\n{seconds:.0f} s, peak {report.peak_memory() / 2**20:,.0f} MiB; {self.out / 'results.json'}")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from minipeso.config import BASES, DATASETS, Config, UsageError, category_of, unknown
 from minipeso.embed import llama_vectors, title_vectors
-from minipeso.files.download import fetch_reviews
+from minipeso.files.download import REVIEWS, fetch, reviews_files
 from minipeso.files.hub import checkpoint_folder, load_llama, read_config
 from minipeso.files.release import read_release
-from minipeso.files.reviews import REVIEW_FILES, dataset_schema, find_one, item_text, read_items, read_reviews
+from minipeso.files.reviews import REVIEW_FILES, dataset_schema, find_one, item_texts, read_items, read_reviews
 from minipeso.files.lines import read_lines
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.semantic_ids import LETTERS, SemanticIDs
@@ -28,11 +28,10 @@ from minipeso.tokens import Template
 @dataclass
 class Dataset:
     """The stages, with items numbered 0 .. n-1, and what is known about each item."""
-
     stages: list[Stage]
     keys: list[str]  # the item's name in the source
     source: Path
-    texts: list[str] | None = None  # one line per item, where the source has any
+    texts: list[tuple[str, str, str]] | None = None  # title, description, the rest: of each item, where there are any
     users: list[str] | None = None  # the user's name in the source, where it is not its number
     ids: SemanticIDs | None = None  # those that come with the data
     notes: list[str] = field(default_factory=list)  # lines skipped, doubles, ...: for stats.md
@@ -48,19 +47,23 @@ class Dataset:
     def described(self, ids: SemanticIDs, item: int) -> dict[str, str]:
         """The item's name in the source, its semantic ID <a_5><b_17>..., its title."""
         tokens, key = (f"<{letter}_{code}>" for letter, code in zip(LETTERS, ids.codes[item].tolist())), self.keys[item]
-        return {"item": key, "id": "".join(tokens), "title": self.texts[item] if self.texts else f"item {key}"}
+        title = next(filter(None, self.texts[item])) if self.texts else f"item {key}"
+        return {"item": key, "id": "".join(tokens), "title": title}
+
+    @property
+    def spoken(self) -> list[tuple[str, ...]]:
+        """What a language model reads of each item: its title and description (Release), the rest if it has neither."""
+        return [tuple(filter(None, texts[:2])) or texts[2:] for texts in self.texts]
 
 
 def load_dataset(cfg: Config, folder: Path) -> Dataset:
-    """The data set of cfg.dataset: a folder, a category of the Hub, or the demo's world, kept in `folder`.
-
-    A subset of the users (cfg.users) keeps the whole catalogue: its figures estimate the full run's, not an easier
-    problem's."""
+    """The data set of cfg.dataset: a folder, a category of the Hub, or the demo's world, kept in `folder`. A subset of
+    the users (cfg.users) keeps the whole catalogue: its figures estimate the full run's, not an easier problem's."""
     category, source = category_of(cfg.dataset), folder if cfg.dataset == "demo" else Path(cfg.dataset)
     if cfg.dataset == "demo" and not folder.exists():
         write_world(folder, cfg.world_users, cfg.world_items, cfg.world_alpha, cfg.data_seed)
     if category:
-        data = _from_reviews(cfg, *fetch_reviews(category))
+        data = _from_reviews(cfg, *fetch(REVIEWS, reviews_files(category), "dataset"))
     elif not source.exists() and source.name == cfg.dataset:  # no path: rather a name
         kinds = [*DATASETS, "a category of the Hub (Digital_Music)", "a folder"]
         raise UsageError(unknown("dataset", cfg.dataset, kinds))
@@ -69,14 +72,15 @@ def load_dataset(cfg: Config, folder: Path) -> Dataset:
     if cfg.split == "user-disjoint":
         data.stages = user_disjoint(data.stages, cfg.data_seed)
     data.known = known_items(data.stages)
+    if cfg.ids not in ("unique", "shared"):  # the user's own, of these items among others
+        data.ids = SemanticIDs.load(cfg.ids, cfg.codes, data.keys)
     if cfg.users:
         data.stages = subset(data.stages, cfg.users, cfg.data_seed)
     return data
 
 
 def known_items(stages: list[Stage]) -> list[list[int]]:
-    """What the trie of every stage t holds: the items of D_1 .. D_t, sorted; nothing can be recommended before somebody
-    takes it. Release: the codes of all stages at once."""
+    """What the trie of stage t holds, the items of D_1 .. D_t, sorted. Release: the codes of all stages at once."""
     return [sorted(set().union(*(stage.items for stage in stages[:t]))) for t in range(1, len(stages) + 1)]
 
 
@@ -104,12 +108,10 @@ def _from_release(cfg: Config, folder: Path) -> Dataset:
 
 
 def _from_reviews(cfg: Config, ratings: Path, meta: Path) -> Dataset:
-    """Reviews (two files, or the folder of both) to stages; items that no stage kept are dropped, the others numbered
-    anew."""
+    """Reviews (two files, or the folder of both) to stages; the items that no stage kept are dropped."""
     events = read_reviews(ratings, *_span(cfg.years))
     stages = cut(events, cfg.first, cfg.stages, cfg.min_events)
-    kept = known_items(stages)[-1]
-    number = {old: new for new, old in enumerate(kept)}
+    number = dict(zip(kept := known_items(stages)[-1], range(len(kept))))
     stages = [Stage(s.number, *({u: [number[i] for i in items] for u, items in part.items()}
                                 for part in (s.history, s.current))) for s in stages]
     keys, bad_items = [events.items[i] for i in kept], {}
@@ -121,7 +123,7 @@ def _from_reviews(cfg: Config, ratings: Path, meta: Path) -> Dataset:
     if events.core >= 5:
         notes.append(f"warning: every user and item has {events.core} events or more, as in the Hub's 5core files; "
                      "PESO filters per stage: use the 0core file")
-    texts = [item_text(fields.get(key, {}), key) for key in keys]
+    texts = [item_texts(fields.get(key, {}), key) for key in keys]
     return Dataset(stages, keys, ratings, texts, events.users, notes=notes)
 
 
@@ -145,14 +147,11 @@ def llama_config(cfg: Config) -> LlamaConfig:
     if not from_scratch(cfg):
         return read_config(checkpoint_folder(cfg.base, weights=False))
     if len(cfg.shape) != 5 or min(cfg.shape) < 1 or cfg.shape[0] % (2 * cfg.shape[2]) or cfg.shape[2] % cfg.shape[3]:
-        raise UsageError(f"the base cannot have this shape\nfound --shape {','.join(map(str, cfg.shape))}\n"
-                         "give width, layers, heads, key/value heads, MLP width: width a multiple of 2 x heads, heads "
-                         "one of key/value heads")
+        raise UsageError(f"the base cannot have this shape\nfound --shape {','.join(map(str, cfg.shape))}\ngive width, "
+                         "layers, heads, key/value heads, MLP width; 2 x heads divides width, key/values divide heads")
     width, layers, heads, kv_heads, mlp = cfg.shape
-    return LlamaConfig(vocab_size=1, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
-                       num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads,
-                       rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-                       tie_word_embeddings=True)
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return LlamaConfig(1, width, mlp, layers, heads, kv_heads, width // heads, 1e-5, rope, tie_word_embeddings=True)
 
 
 def device_of(cfg: Config) -> str:
@@ -165,21 +164,20 @@ def dtype_of(cfg: Config) -> torch.dtype:
 
 
 def load_model(cfg: Config) -> Llama:
-    """The base: a checkpoint, or random weights still to be trained on D_0."""
+    """The base: a checkpoint, or random weights still to be trained on D_1."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise OSError(f"there is no GPU that torch {torch.__version__} can use\nfound --device cuda\n"
                       "use --device cpu, or a torch built for your GPU")
     if not from_scratch(cfg):
         return load_llama(cfg.base, dtype_of(cfg), device_of(cfg))
-    model = Llama(llama_config(cfg)).initialise(torch.Generator().manual_seed(cfg.seed), cfg.init)
+    model = Llama(llama_config(cfg), cfg.base_dropout).initialise(torch.Generator().manual_seed(cfg.seed), cfg.init)
     return model.to(device_of(cfg), dtype_of(cfg))
 
 
 def load_tokenizer(cfg: Config) -> Tokenizer | None:
     if from_scratch(cfg):
         return None
-    folder = checkpoint_folder(cfg.base, weights=False)
-    path = folder / "tokenizer.json"
+    path = (folder := checkpoint_folder(cfg.base, weights=False)) / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no narrower one
@@ -193,22 +191,25 @@ def load_tokenizer(cfg: Config) -> Tokenizer | None:
 
 def item_vectors(cfg: Config, data: Dataset, model: Llama, tokenizer: Tokenizer | None,
                  progress: Callable[[int], None] = lambda n: None) -> Tensor:
-    """(n_items, d) of the items' texts: mean hidden states of the language model (Release), or title vectors where the
-    base has no language."""
+    """(n_items, d) of the items' texts: the language model's mean hidden states of title and of description, averaged
+    (Release; there empty ones count too), or, without language, title vectors of title | rest | description."""
     if cfg.text_width:
-        return torch.from_numpy(title_vectors(data.texts, cfg.text_width, cfg.seed))
+        lines = [" | ".join(filter(None, (title, rest, description))) for title, description, rest in data.texts]
+        first = data.known[0] if cfg.ids_from == "first" else None
+        return torch.from_numpy(title_vectors(lines, cfg.text_width, cfg.seed, first))
     if tokenizer is None:
         raise UsageError(f"--text-width 0 means Llama's hidden states\n--base {cfg.base} has no language\n"
                          "give the title vectors a width, 128 say")
-    return torch.from_numpy(llama_vectors(model.model, lambda text: tokenizer.encode(text).ids,
-                                          data.texts, device=model.device, progress=progress))
+    vectors = llama_vectors(model.model, lambda text: tokenizer.encode(text).ids, [t for s in data.spoken for t in s],
+                            device=model.device, progress=progress)  # (texts, d)
+    counts = np.array([*map(len, data.spoken)])  # (n_items,), of each item's texts
+    return torch.from_numpy(np.add.reduceat(vectors, counts.cumsum() - counts) / counts[:, None].astype(np.float32))
 
 
 def make_template(cfg: Config, ids: SemanticIDs, tokenizer: Tokenizer | None) -> Template:
     if (cfg.prompt == "short") != (tokenizer is None):
         raise UsageError(f"--prompt {cfg.prompt} and --base {cfg.base} do not fit\nshort is for a base without words, "
-                         "paper and release are text\nuse --prompt short with tiny and small, another with a Llama "
-                         "checkpoint")
+                         "paper and release are text\nuse --prompt short with tiny and small, another with a Llama")
     if tokenizer is None:
         return Template.short(ids.codes, ids.n_codes)
     return Template.text(tokenizer, cfg.prompt, cfg.prompt == "release", ids.codes, ids.n_codes)

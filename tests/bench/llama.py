@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from minipeso.beam import beam_search
-from minipeso.config import UsageError
+from minipeso.config import UsageError, resolve
 from minipeso.continual import choose_trainable
 from minipeso.llama import Llama, LlamaConfig
 from minipeso.lora import TARGETS, adapters, inject
 from minipeso.objective import answer_loss
+from minipeso.runs.setup import llama_config
 from minipeso.stages import Example, Stage, examples
 from minipeso.tokens import IGNORE, Template, batches, code_tokens, collate, sequences
 from minipeso.trie import Trie
@@ -34,7 +35,7 @@ POOL, PAIRS = 32, 5.5  # batches from whose users those of like length are taken
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-SHAPES = {"tiny": LlamaConfig(1, 128, 384, 4, 4, 2, 32, 1e-5, PLAIN, True),  # what --base tiny trains from scratch
+SHAPES = {"tiny": llama_config(resolve({"base": "tiny"})),
           "small-smallvocab": LlamaConfig(1024, 256, 1024, 4, 8, 2, 32, 1e-5, PLAIN, True),
           "small-bigvocab": LlamaConfig(128256, 256, 1024, 4, 8, 2, 32, 1e-5, PLAIN, True),
           "1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 1e-5, LLAMA3, True)}  # Llama 3.2
