@@ -37,11 +37,6 @@ LAMBDAS = (0, 2, 20, 200, 2000, 20000)
 INK, BLUE, ORANGE, GREEN, GREY = "#222222", "#1f77b4", "#d95f02", "#1b9e77", "#b0b0b0"
 
 
-def settings(flags: list[str]) -> config.Config:
-    """The demo's, with these flags of train.py."""
-    return from_args(flags)
-
-
 def stored(cfg: config.Config) -> dict:
     """What the numbers depend on: everything but where and how fast it runs."""
     free = {"out", "device", "threads", "resume", "dry_run", "explain"}
@@ -57,9 +52,9 @@ def main(flags: list[str]) -> None:
             learn(model, x, *rest, **how)
             fitted.update(model=model, x=x)
         semantic_ids.train = watched
-        train.main(dataclasses.replace(settings(flags), out=folder))
+        train.main(dataclasses.replace(from_args(flags), out=folder))
         last, first = reopen(Path(folder)), reopen(Path(folder), 1)
-        facts = {"flags": flags, "settings": stored(settings(flags)), "data": setup.fingerprints(last.data)["data"]}
+        facts = {"flags": flags, "settings": stored(from_args(flags)), "data": setup.fingerprints(last.data)["data"]}
         facts |= {"table": table(Path(folder), last.cfg.methods), "trained": ", ".join(last.cfg.methods)}
         example, facts["user"] = one_user(last)
         facts |= item(last, example, fitted) | model(last, example) | beams(last, example) | anchor(first)
@@ -67,8 +62,6 @@ def main(flags: list[str]) -> None:
     (ROOT / "docs/walk.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     (ROOT / "docs/walk.md").write_text(render(facts))
 
-
-# -- what the page tells, step by step -----------------------------------------------------------------
 
 def table(folder: Path, methods: list[str]) -> list[list[str]]:
     """Hit@10 per method and stage."""
@@ -169,8 +162,6 @@ def anchor(run) -> dict:
     draw_anchor(rows)
     return {"sweep": rows, "present_users": len(groups[1]), "away_users": len(groups[0])}
 
-
-# -- pictures ------------------------------------------------------------------------------------------
 
 def canvas(columns: int = 1, height: float = 3.2, ratios=None):
     import matplotlib
@@ -280,8 +271,6 @@ def tradeoff(sweep: list[dict]) -> None:
         axes.legend(frameon=False, fontsize=9)
     save(figure, "tradeoff")
 
-
-# -- the page ------------------------------------------------------------------------------------------
 
 def render(facts: dict) -> str:
     """walk.txt with the numbers of walk.json."""

@@ -87,11 +87,12 @@ def train_step(model: Llama, batch: Batch, optimiser: torch.optim.Optimizer, t: 
     v, parameters = [p for p in adapter_parameters(model) if p.requires_grad], optimiser.param_groups[0]["params"]
     optimiser.zero_grad()
     (batch.weight * loss.ce).backward()  # the two parts of loss.total one by one: neither is computed twice
-    parallel.average_gradients(parameters, batch.pairs)
     pull = torch.autograd.grad(cfg.lam * loss.prox, v) if loss.prox.requires_grad else []
-    ratio = norm(pull).item() / max(norm([p.grad for p in v]).item(), 1e-30) if pull else 0.0
     for p, g in zip(v, pull):
         p.grad += g
+    parallel.average_gradients(parameters, batch.pairs)
+    push = [p.grad - g for p, g in zip(v, pull)]
+    ratio = norm(pull).item() / max(norm(push).item(), 1e-30) if pull else 0.0
     total = nn.utils.clip_grad_norm_(parameters, cfg.clip)
     if not math.isfinite(loss.total.item() + total.item()):
         raise FloatingPointError(f"the loss is no longer finite at stage {t}\nce {loss.ce.item()}, prox "

@@ -54,7 +54,8 @@ class Ranker:
         """The leaves all of whose items a user has, as Trie.without wants them: (n, m)."""
         gone = [sorted({self.leaf[i] for i in items if i in self.leaf and items.issuperset(self.items[self.code[i]])})
                 for items in own]
-        return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, gone)), True, self.trie.leaves).long()
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(some, dtype=torch.long) for some in gone], True,
+                                               self.trie.leaves)
 
     def rank(self, best: list[tuple[int, ...]], target: int, own=()) -> int:
         """The target's rank among the IDs `best`. hit "item": items that share an ID take a place each, by item number,

@@ -25,6 +25,7 @@ class Method:
     adapter: type[LoRALinear] = LoRALinear  # from stage 2 on; D_1 is learnt by plain LoRA, once for all
     prepare: Callable | None = None  # (model, stages, template, cfg), before the anchor moves
     learn: Callable | None = None  # (run, name) -> ranks per stage: another way through the stages
+    dataset: str = ""  # the only one that it can be used on
     language: bool = True  # whether it needs a language model at all
 
     def begin(self, model: Llama, stages: Sequence[Stage], template: Template, cfg: Config) -> None:
@@ -34,7 +35,10 @@ class Method:
             self.prepare(model, stages, template, cfg)
 
     def settings(self, cfg: Config) -> Config:
-        """Of a later stage: its learning rate, and which penalty."""
+        """Of a later stage: its learning rate, and which penalty. UsageError for what cannot be."""
+        if self.dataset not in ("", cfg.dataset):
+            raise UsageError(f"{cfg.method} knows the data set {self.dataset} alone\nfound --dataset {cfg.dataset}\n"
+                             "leave it out")
         name = self.proximal if cfg.proximal == "method" else cfg.proximal
         known = (*PENALTIES, "output-kl", "none")
         if name not in known:
@@ -81,7 +85,7 @@ METHODS = {
     **{f"lightgcn-{name}": Method(learn=twotower.learn, language=False)
        for name in ("pretrain", "finetune", "contrastive", "piw", "pisa")},
     **{name: Method(learn=counts.learn, language=False) for name in counts.NAMES},
-    "oracle": Method(learn=counts.oracle, language=False),  # the ceiling on the demo's world
+    "oracle": Method(learn=counts.oracle, language=False, dataset="demo"),  # the ceiling on the demo's world
 }
 SETTINGS = {"EvoRec": evorec.Settings, "the two-tower methods (lightgcn-...)": twotower.Settings}
 

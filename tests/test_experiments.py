@@ -214,7 +214,7 @@ def test_the_trade_off_by_hand():
                        premiums={"adapting": [0.1, 0.0, 0.2]})]
     text, values = scores.tradeoff_table({"0": results(0, 2.0), "5": results(1, 1.0)})
     row = values["rows"]["5"]
-    assert row["U_A"]["difference"] == 0.25 and row["U_I"]["difference"] == -1 and values["chosen"] == "5"
+    assert row["U_A H@10"]["difference"] == 0.25 and row["U_I N@10"]["difference"] == -1 and values["chosen"] == "5"
     assert "| 5 * " in text and "3 %" in text and "adapting +0.100" in text
 
 

@@ -213,7 +213,7 @@ BAD = {  # what the message names: the settings, whose files are made in a folde
     "item 7": lambda f: dict(dataset=index(f, lambda item: item != 7)),
     "has 15 items": lambda f: dict(dataset=index(f, lambda item: item < 15)),
     "2019": lambda f: dict(years="1999-2000"),
-    "the oracle knows": lambda f: dict(dataset=shared_ids(f / "data"), compare="oracle"),
+    "oracle knows the data set demo": lambda f: dict(dataset=shared_ids(f / "data"), compare="oracle"),
 }
 
 

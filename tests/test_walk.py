@@ -17,7 +17,7 @@ def test_the_walk_is_not_stale(tmp_path):
     """Page = text + stored numbers; they are of today's settings and world, which no CPU changes, and fit together."""
     facts = json.loads((DOCS / "walk.json").read_text())
     assert walk.render(facts) == (DOCS / "walk.md").read_text(), "the page or its text was changed by hand"
-    cfg = walk.settings(facts["flags"])
+    cfg = walk.from_args(facts["flags"])
     data = fingerprints(load_dataset(cfg, tmp_path / "world"))["data"]
     assert (facts["settings"], facts["data"]) == (walk.stored(cfg), data), "run docs/walk.py again"
     assert -sum(facts["each"]) / facts["levels"] == pytest.approx(facts["loss"], abs=1e-3)

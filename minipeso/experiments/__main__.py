@@ -60,7 +60,8 @@ EXPERIMENTS = {  # (cfg, done) -> (markdown, values); done(cells or {row: cell})
     "figure3": lambda cfg, done: scores.mean_table(done({f"{x}": f"peso@lambda={x}" for x in LAMBDAS}), "0", "lambda"),
     "figure4": lambda cfg, done: scores.mean_table(
         done({"pretrain": "pretrain"} | {f"{rate}": f"single@later-lr={rate}" for rate in RATES}), "pretrain", "lr*"),
-    "tradeoff": lambda cfg, done: scores.tradeoff_table(done({f"{x}": f"peso@lambda={x}" for x in LAMBDAS})),
+    "tradeoff": lambda cfg, done: scores.tradeoff_table(
+        done({f"{x}": f"peso@lambda={x}" for x in LAMBDAS} | {"pretrain": "pretrain"})),
     "evorec": lambda cfg, done: scores.split_table(done(["pretrain", "single", "peso", "retrain", "evorec"])),
 }
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from minipeso.config import UsageError
 from minipeso.experiments.cells import Result
-from minipeso.metrics import bootstrap_interval, gains, hits
-from minipeso.runs.report import markdown, spans
+from minipeso.metrics import gains, hits
+from minipeso.runs.report import gained, interval, markdown, spans
 
 Filled = dict[str, list[Result]]  # {a row's name: its results, one per seed}
 Beside = dict[str, tuple[str, Sequence[float]]]  # further columns of a row: {column: (format, numbers)}
@@ -36,10 +36,8 @@ def summary(results: list[Result], reference: list[Result], key: str, stages: li
     of = {"mean": statistics.fmean(seeds), "sd": statistics.stdev(seeds) if len(seeds) > 1 else None, "seeds": seeds}
     if lost(reference):
         return of | dict.fromkeys(("difference", "low", "high"))
-    strata = [torch.stack([METRICS[key](a.ranks[t]) - METRICS[key](b.ranks[t])
-                           for a, b in zip(results, reference, strict=True)]) for t in stages]  # (seeds, users) each
-    low, high = bootstrap_interval(strata)
-    return of | {"difference": statistics.fmean(d.mean().item() for d in strata), "low": low, "high": high}
+    return of | gained([torch.stack([METRICS[key](a.ranks[t]) - METRICS[key](b.ranks[t])
+                                     for a, b in zip(results, reference, strict=True)]) for t in stages])
 
 
 def validation(results: list[Result]) -> float:
@@ -97,13 +95,6 @@ def mean_sd(of: dict) -> str:
     return f"{of['mean']:.4f}" + ("" if of["sd"] is None else f" ± {of['sd']:.4f}")
 
 
-def interval(of: dict, form: str = ".4f") -> str:
-    if of.get("difference") is None:
-        return "-"
-    text = f"{of['difference']:+{form}} [{of['low']:+{form}}, {of['high']:+{form}}]"
-    return f"**{text}**" if of["low"] > 0 or of["high"] < 0 else text
-
-
 def method_table(filled: Filled, published: dict) -> tuple[str, dict]:
     """Table 2's form for each of the paper's two averages, its own numbers on the right, PESO's gains below."""
     columns = ["H@5", "H@10", "N@5", "N@10", "- H@10", "- N@10"]
@@ -124,8 +115,8 @@ def gain_table(splits: dict[str, Filled], published: dict) -> tuple[str, dict]:
     for name in [name for name in next(iter(splits.values())) if name != "single"]:
         of = {split: gain(filled[name], filled["single"], "N@5", averaged(filled)[-1][1])
               for split, filled in splits.items()}  # paired within a split
-        apart = [gained["difference"] for gained in of.values() if gained]
-        cells = [interval(gained, ".1f") for gained in of.values()]
+        apart = [one["difference"] for one in of.values() if one]
+        cells = [interval(one, ".1f") for one in of.values()]
         cells += [f"{apart[0] - apart[1]:+.1f}" if len(apart) == 2 else "-"]
         lines.append([name, *cells, *(f"{x:+.2f}" for x in published[name])])
         values[name] = of | {"paper": published[name]}
@@ -170,20 +161,21 @@ def split_table(filled: Filled) -> tuple[str, dict]:
 
 
 def tradeoff_table(filled: Filled) -> tuple[str, dict]:
-    """By lambda: what the anchor gains over lambda 0 in NDCG@10 for U_A and U_I, the lambda that validation picks, and
-    the data's premiums."""
-    parts = {part: {lam: [users_of(part, result) for result in results] for lam, results in filled.items()}
+    """By lambda, and without adaptation: what is gained over lambda 0 by U_A and by U_I, the lambda that validation
+    chooses, and the data's premiums."""
+    parts = {part: {name: [users_of(part, result) for result in results] for name, results in filled.items()}
              for part in ("U_A", "U_I")}
-    rows = {lam: {part: summary(some[lam], some["0"], "N@10", averaged(some)[-1][1]) for part, some in parts.items()}
-            for lam in filled if not lost(filled[lam])}
-    pull = {lam: statistics.fmean(said["prox_ce_ratio"] for result in filled[lam] for said in result.training.values())
-            for lam in rows}
-    chosen, earn = min(rows, key=lambda lam: validation(filled[lam])), filled["0"][0].premiums
-    lines = [[lam + " *" * (lam == chosen), f"{validation(filled[lam]):.4f}", f"{100 * pull[lam]:.2g} %", *(
-        text for of in row.values() for text in (mean_sd(of), "" if lam == "0" else interval(of)))]
-             for lam, row in rows.items()]
-    header = ["lambda", "validation CE", "pull", *(
-        f"{part}{text}" for part in parts for text in (" N@10", " - lambda 0 [95 %]"))]
+    rows = {name: {f"{part} {key}": summary(parts[part][name], parts[part]["0"], key, averaged(parts[part])[-1][1])
+                   for part, key in (("U_A", "H@10"), ("U_A", "N@10"), ("U_I", "N@10"))}
+            for name in filled if not lost(filled[name])}
+    chosen, earn = min(rows, key=lambda name: validation(filled[name])), filled["0"][0].premiums
+    lines = []
+    for name, row in rows.items():
+        pull = [said["prox_ce_ratio"] for result in filled[name] for said in result.training.values()]
+        lines.append([name + " *" * (name == chosen), f"{validation(filled[name]):.4f}" if pull else "-",
+                      f"{100 * statistics.fmean(pull):.2g} %" if pull else "-", *(
+            text for of in row.values() for text in (mean_sd(of), "" if name == "0" else interval(of)))])
+    header = ["lambda", "validation CE", "pull", *(title for of in rows["0"] for title in (of, "- lambda 0 [95 %]"))]
     legend = "*: the lambda with the lowest validation loss; pull: the norm of the term's gradient by cross-entropy's"
     said = "counts say what can be earned, Hit@10: " + ", ".join(
         f"{what} {mean:+.3f} [{low:+.3f}, {high:+.3f}]" for what, (mean, low, high) in earn.items())
@@ -203,9 +195,10 @@ def draw(path: Path, values: dict) -> None:
     except ImportError as error:
         raise UsageError(f"--plot needs matplotlib\n{error}\npip install -e '.[plot]'") from error
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    lams, names = [float(lam) for lam in values["rows"]], {"U_A": "the stage's users", "U_I": "users who stay away"}
+    lams = [float(name) for name in values["rows"] if name != "pretrain"]
+    names = {"U_A": "the stage's users", "U_I": "users who stay away"}
     for part, color in (("U_A", "#d95f02"), ("U_I", "#1f77b4")):
-        rows = [row[part] for row in values["rows"].values()]
+        rows = [row[f"{part} N@10"] for name, row in values["rows"].items() if name != "pretrain"]
         axes.plot(lams, [of["difference"] for of in rows], "o-", color=color, label=f"{names[part]}, {part}")
         axes.fill_between(lams, *([of[end] for of in rows] for end in ("low", "high")), color=color, alpha=0.2, lw=0)
     axes.axhline(0, color="grey", lw=0.8)

@@ -57,13 +57,23 @@ def references(stages: list[Stage], known: list[list[int]]) -> dict[str, dict]:
 def premiums(ranks: dict[str, Ranks], users: dict[str, int]) -> dict[str, tuple[float, float, float]]:
     """{"adapting", "remembering"}: what transition counts of D_1 .. D_t gain in Hit@10 over those of D_1 or D_t alone,
     (mean, low, high) over D_2 .. D_T. users: how many a stage has; behind them are the absent ones."""
-    of = {}
-    for what, other in PREMIUMS.items():
-        strata = [(hits(ranks["transitions"][t][:n], 10) - hits(ranks[other][t][:n], 10))[None]
-                  for t, n in users.items() if t != "1" and n]  # (1, users) per stage
-        if strata:
-            of[what] = (sum(d.mean().item() for d in strata) / len(strata), *bootstrap_interval(strata))
-    return of
+    later = [(t, n) for t, n in users.items() if t != "1" and n]
+    return {what: tuple(gained([(hits(ranks["transitions"][t][:n], 10) - hits(ranks[other][t][:n], 10))[None]
+                                for t, n in later]).values()) for what, other in PREMIUMS.items() if later}
+
+
+def gained(strata: list[Tensor]) -> dict[str, float]:
+    """Of differences (seeds, users), a stage each: their mean over stages, and its 95 % interval."""
+    low, high = bootstrap_interval(strata)
+    return {"difference": statistics.fmean(d.mean().item() for d in strata), "low": low, "high": high}
+
+
+def interval(of: dict, form: str = ".4f") -> str:
+    """What `gained` says, as text: bold if the interval does not hold 0."""
+    if of.get("difference") is None:
+        return "-"
+    text = f"{of['difference']:+{form}} [{of['low']:+{form}}, {of['high']:+{form}}]"
+    return f"**{text}**" if of["low"] > 0 or of["high"] < 0 else text
 
 
 def premium_lines(of: dict[str, tuple[float, float, float]]) -> str:
@@ -130,8 +140,6 @@ def rounded(value) -> dict:
     return json.loads(json.dumps(value), parse_float=lambda number: round(float(number), 7))
 
 
-# -- tables --------------------------------------------------------------------------------------------
-
 def tables(runs: dict[str, dict], ranks: dict[str, Ranks], absents: dict[str, Ranks]) -> str:
     """Everything there is to say of some runs over the same stages."""
     reference = "single" if "single" in runs else next(iter(runs))
@@ -191,19 +199,11 @@ def differences(ranks: dict[str, Ranks], absents: dict[str, Ranks], to: str) -> 
         pairs = [[(metric(some[name][t], 10)[None], metric(some[to][t], 10)[None])  # (1, users) each
                   for t in sorted(some[name].keys() & some[to].keys() - {"1"}) if len(some[to][t])]
                  for _, some, metric in kinds]
-        table.append([name, *(cell for strata in pairs for cell in _compared(strata, name != to))])
+        table.append([name, *(cell for strata in pairs for cell in (
+            f"{statistics.fmean(a.mean().item() for a, _ in strata):.4f}" if strata else "-",
+            "-" if not strata else interval(gained([a - b for a, b in strata])) if name != to else ""))])
     return markdown(table) + ("\n\nU_A: the stage's users; U_I: those of earlier stages who are not in it; **bold**: "
                               "beyond the noise between the users of this seed, which says nothing of other seeds")
-
-
-def _compared(strata: list[tuple[Tensor, Tensor]], differ: bool) -> list[str]:
-    """The mean of the first of each pair, and of its difference to the second, as text."""
-    if not strata:
-        return ["-", "-"]
-    less, (low, high) = [a - b for a, b in strata], bootstrap_interval([a - b for a, b in strata])
-    mean, gain = (sum(x.mean().item() for x in some) / len(some) for some in ([a for a, _ in strata], less))
-    text = f"{gain:+.4f} [{low:+.4f}, {high:+.4f}]"
-    return [f"{mean:.4f}", (f"**{text}**" if low > 0 or high < 0 else text) if differ else ""]
 
 
 def _number(value: float | None) -> str:

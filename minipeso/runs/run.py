@@ -75,8 +75,8 @@ class Run:
         self.stages, self.known, self.n_items = self.data.stages, self.data.known, len(self.data.keys)
         self.tell(report.statistics_table(statistics(self.stages)), "\n".join(self.data.notes))
         if self.writes:  # what there is to gain, before anything is learnt
-            counts = {name: METHODS[name].learn(self, name) for name in ("transitions", *report.PREMIUMS.values())}
-            self.premiums = report.premiums(counts, {str(s.number): len(s.users) for s in self.stages})
+            self.ranks = {name: METHODS[name].learn(self, name) for name in ("transitions", *report.PREMIUMS.values())}
+            self.premiums = report.premiums(self.ranks, {str(s.number): len(s.users) for s in self.stages})
             self.tell(report.premium_lines(self.premiums))
 
     def clear_folder(self, hashes: dict[str, str]) -> None:
