@@ -3,7 +3,7 @@
     python eval.py RUN [RUN ...]            Hit@10 per stage, all metrics averaged, differences with intervals
     python eval.py RUN RUN --json F --csv F the same numbers for a program
     python eval.py RUN --report F.html      one run to look at: data, losses, tables, modules, five users; no network
-    python eval.py RUN --interpolate 0,0.5,1 ranks between the adapters of two stages, v_(t-1) + w (v_t - v_(t-1))
+    python eval.py RUN --interpolate 0,0.5,1 between the adapters of two stages, v_(t-1) + w (v_t - v_(t-1)) [--plot F]
     python eval.py RUN --recommend USER     a user's history, and ten titles with scores; --recommend-all F.jsonl
     python eval.py RUN --export-merged DIR  a plain Hugging Face folder; --export-peft DIR: the adapter for peft
     python eval.py RUN --export-blocks DIR  the stages and semantic IDs as the authors' code reads them
@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import load_file
 
 from minipeso.config import UsageError, changed
-from minipeso.evaluate import Ranker
 from minipeso.files.export import export_merged, export_peft, whole
 from minipeso.files.release import write_release
 from minipeso.lora import adapter_parameters
@@ -39,7 +38,7 @@ from minipeso.stages import examples
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    for kind in ("json", "csv", "report", "recommend-all", "export-peft", "export-merged", "export-blocks"):
+    for kind in ("json", "csv", "report", "plot", "recommend-all", "export-peft", "export-merged", "export-blocks"):
         parser.add_argument(f"--{kind}", type=Path, metavar="DIR" if kind.startswith("export") else "FILE")
     parser.add_argument("--recommend", metavar="USER")
     parser.add_argument("--interpolate", metavar="W,W,...")
@@ -49,7 +48,10 @@ def main() -> None:
     if args.recommend is not None or any(wanted):
         return use_model(args)
     if args.interpolate is not None:
-        return print(interpolate(only(args.runs), args.stage, args.interpolate))
+        print(report.markdown(table := interpolate(only(args.runs), args.stage, args.interpolate)))
+        return draw(args.plot, table) if args.plot else None
+    if args.plot:
+        raise UsageError(f"--plot draws an interpolation\nfound only --plot {args.plot}\nadd --interpolate 0,0.5,1")
     if args.stage:
         raise UsageError(f"--stage chooses an adapter\nfound only --stage {args.stage}\nadd --recommend or an export")
     runs, *ranks = collect(args.runs)
@@ -99,29 +101,48 @@ def recommend_all(run, path: Path) -> int:
 
 
 @torch.no_grad()
-def interpolate(folder: Path, stage: int, weights: str) -> str:
+def interpolate(folder: Path, stage: int, weights: str) -> list[list[str]]:
     """The trade-off after the fact: metrics at v_(t-1) + w (v_t - v_(t-1)), t the stage (or the last), untrained; of
-    the stage's users, U_A, and of absent ones, U_I. w = 0 is the anchor, 1 the stage's own adapter."""
+    the stage's users, U_A, and of absent ones, U_I. w = 0 is the anchor, 1 the stage's adapter. By Corollary 2 an
+    l2 anchor leaves w = rho / (rho + lambda) where the loss has curvature rho: lambda / rho is told."""
     run = reopen(folder, stage)
     try:
-        found = [float(w) for w in weights.split(",")]
-        pairs = [(p, p.clone(), old) for p, old in zip(adapter_parameters(run.model), adapter_parameters(
-            reopen(folder, run.stage - 1).model), strict=True) if p.shape == old.shape]
+        tried = [float(w) for w in weights.split(",")]
+        before = adapter_parameters(reopen(folder, run.stage - 1).model)
+        pairs = [(p, p.clone(), old) for p, old in zip(adapter_parameters(run.model), before, strict=True)
+                 if p.shape == old.shape]
     except ValueError as error:
-        raise UsageError(f"--interpolate needs numbers\nfound {weights!r}: {error}\nwrite 0,0.25,0.5,0.75,1") from error
+        raise UsageError(f"--interpolate needs numbers\nfound {weights!r}: {error}\nwrite 0,0.5,1") from error
     if run.stage == 1 or len(pairs) < len(adapter_parameters(run.model)):
         raise UsageError(f"nothing to interpolate between\nD{run.stage} of {run.cfg.method} goes on from no adapter of "
                          "the same rank\nchoose a later --stage of single or peso")
-    ranker = Ranker(run.ids, run.known, run.template, run.cfg.beams, run.cfg.hit)
     (asked, own), n = run.questions(run.stage), len(run.stages[run.stage - 1].users)
-    table = [[f"D{run.stage}, w", "U_A Hit@10", "NDCG@10", "U_I Hit@10", "NDCG@10"]]
-    for w in found:
+    kind = ", expected" if run.truth else ""
+    table = [[f"D{run.stage}{kind}, w", "lambda / rho", "U_A Hit@10", "U_A NDCG@10", "U_I Hit@10", "U_I NDCG@10"]]
+    for w in tried:
         for p, new, old in pairs:
             p.copy_(old + w * (new - old))
-        ranks = ranker.ranks(run.model, asked, own)
-        cells = [metric(some, 10) for some in (ranks[:n], ranks[n:]) for metric in (hit_at, ndcg_at)]
-        table.append([f"{w:g}", *("-" if cell.isnan() else f"{cell:.4f}" for cell in cells)])
-    return report.markdown(table)
+        found = run.ranker(run.stage).found(run.model, asked, own)[:, :10]
+        of = run.expected(run.stage, found) if run.truth else run.ranks({str(run.stage): found})[str(run.stage)]
+        cells = [metric(some, 10) for some in (of[:n], of[n:]) for metric in (hit_at, ndcg_at)]
+        odds = f"{(1 - w) / w:.2f}" if 0 < w <= 1 else "-"
+        table.append([f"{w:g}", odds, *("-" if cell.isnan() else f"{cell:.4f}" for cell in cells)])
+    return table
+
+
+def draw(path: Path, table: list[list[str]]) -> None:
+    """The NDCG@10 of U_A and U_I by w."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise UsageError(f"--plot needs matplotlib\n{error}\npip install -e '.[plot]'") from error
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    rows = sorted([float("nan" if cell == "-" else cell) for cell in row] for row in table[1:])
+    for column, color in ((3, "#d95f02"), (5, "#1f77b4")):
+        axes.plot([row[0] for row in rows], [row[column] for row in rows], "o-", color=color, label=table[0][column])
+    axes.set(xlabel="w: 0 the anchor, 1 the stage's own adapter", ylabel=table[0][0].split(",")[0])
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def use_model(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from minipeso.runs.explain import dry_run, explain
 from minipeso.runs.guard import guard
 from minipeso.runs.run import FIRST, Run, begun
 from minipeso.runs.setup import device_of
-from minipeso.snapshot import snapshot
+from minipeso.snapshot import restore, snapshot
 
 
 def main(cfg: Config) -> None:
@@ -47,13 +47,13 @@ def main(cfg: Config) -> None:
             # every method from the model of D1 through D2 .. D5
             for name, method in methods.items():
                 if method.learn:  # a reference, or a rival with a loop of its own (methods.py)
-                    run.ranks[name] = run.ranks.get(name) or method.learn(run, name)  # some counts came with the data
+                    run.found[name] = run.found.get(name) or method.learn(run, name)  # some counts came with the data
                 else:
                     learn_later(run, name, method, later[name])
                 run.finish(name)
         run.tables()
         if cfg.explain and language:
-            explain(run.model, run.data, run.ids, run.template, cfg)
+            explain(run)
 
 
 def make_base(run: Run, cfg: Config) -> None:
@@ -73,7 +73,7 @@ def learn_first(run: Run, cfg: Config) -> None:
         choose_trainable(run.model, cfg.first_trains)
         train_stage(run.model, stage_data(run.stages[:1], run.template, cfg.window), 1, replace(cfg, proximal="none"),
                     run.log(FIRST), run.epochs(f"{FIRST}-stage-1"))
-        run.save(FIRST, 1, run.rank(1))
+        run.save(FIRST, 1, run.recommend(1))
     run.first = snapshot(run.model, run.whole_tables(2))
 
 
@@ -86,8 +86,25 @@ def learn_later(run: Run, name: str, method, cfg: Config) -> None:
             method.begin(model, run.stages[:t], run.template, cfg)  # layers of the method's own kind
             advance(model, torch.Generator().manual_seed(cfg.seed * 1009 + t))  # v_{t-1} <- v_t: the anchor moves up
             choose_trainable(model, cfg.later_trains)  # LoRA alone (Assumption 1)
-            train_stage(model, data, t, cfg, run.log(name), run.epochs(f"{name}-stage-{t}"))  # Eq. 12
-        run.save(name, t, run.rank(t))  # leave-one-out: ten items per user by beam search over the trie of real items
+            if isinstance(cfg.lam, tuple) and cfg.proximal != "none":
+                choose_lambda(run, name, data, t, cfg)
+            else:
+                train_stage(model, data, t, cfg, run.log(name), run.epochs(f"{name}-stage-{t}"))  # Eq. 12
+        run.save(name, t, run.recommend(t))  # leave-one-out: ten items per user, by beam search over the trie
+
+
+def choose_lambda(run: Run, name: str, data, t: int, cfg: Config) -> None:
+    """--lambda auto: the stage from one start with every lambda, each a whole training; validation's best is kept."""
+    start, tried, log = snapshot(run.model, run.whole_tables(2)), {}, run.log(name)
+    for lam in cfg.lam:
+        restore(run.model, start)
+        loss = train_stage(run.model, data, t, replace(cfg, lam=lam), lambda record: log(record | {"lambda": lam}),
+                           run.epochs(f"{name}-stage-{t}@{lam}"))
+        tried[lam] = loss, snapshot(run.model, run.whole_tables(2))
+    best = min(tried, key=lambda lam: tried[lam][0])
+    restore(run.model, tried[best][1])
+    log({"stage": t, "lambda": best, "tried": {f"{lam}": loss for lam, (loss, _) in tried.items()}})
+    print(f"{name}, D{t}: validation chooses lambda {best:g} of {', '.join(f'{lam:g}' for lam in tried)}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ def beam_search(model: Llama, prompts: list[Tensor], trie: Trie, first_token: in
                 preamble: int = 0) -> tuple[Tensor, Tensor]:
     """codes (n, beams, L) and scores (n, beams), best first, of prompts (l,) that share their first `preamble` tokens.
 
-    An item's score is sum_l log p(code_l | prompt, code_<l) under the softmax over the *whole* vocabulary:
-    forbidden codes are left out and the others not renormalised (Paper, Release and here alike). Code c of
-    level l is token first_token + l * n_codes + c. With fewer items than beams, the tail is code -1, score -inf.
+    An item's score is sum_l log p(code_l | prompt, code_<l) under the softmax over the *whole* vocabulary: forbidden
+    codes are left out, the others not renormalised (Paper, Release, here). A tail without items is code -1, score -inf.
 
     The beams of a user are branches of one sequence: each level appends their tokens to the cache, and a mask says
     which of the cached tokens are a beam's own. When beams are re-ranked, only the mask moves."""
@@ -37,15 +36,25 @@ def beam_search(model: Llama, prompts: list[Tensor], trie: Trie, first_token: in
         child, child_state = trie.step(state, level)  # (n, k, width) each
         gain = log_p.gather(-1, child.clamp(min=0)).masked_fill(child < 0, -torch.inf)
         total = (score[..., None] + gain).flatten(1)  # (n, k * width)
-        score, pick = total.topk(min(beams, total.shape[1]))  # (n, k') each, sorted
+        mixed = total if trie.upto is None else mixture(total, trie, child_state.flatten(1), level)
+        found, pick = mixed.topk(min(beams, total.shape[1]))  # (n, k') each, sorted
+        score = total.gather(1, pick)  # the model's own
         code, state = (t.flatten(1).gather(1, pick) for t in (child, child_state))  # (n, k')
         parent = pick[..., None] // child.shape[-1]  # (n, k', 1)
         sees, codes = (t.take_along_dim(parent, 1) for t in (sees, codes))  # (n, k', cached), (n, k', level)
         codes = torch.cat([codes, code[..., None]], -1)  # (n, k', level + 1)
         tokens = first + code.clamp(min=0)
     missing = (0, beams - codes.shape[1])
-    codes = codes.masked_fill(score[..., None] == -torch.inf, -1)  # a dead end on the way
-    return F.pad(codes, (0, 0, *missing), value=-1), F.pad(score, missing, value=-torch.inf)
+    codes = codes.masked_fill(found[..., None] == -torch.inf, -1)  # a dead end on the way
+    return F.pad(codes, (0, 0, *missing), value=-1), F.pad(found, missing, value=-torch.inf)
+
+
+def mixture(log_p: Tensor, trie: Trie, node: Tensor, level: int) -> Tensor:
+    """log((1 - w) p + w sum of the memory's p over the leaves below) of nodes (n, m) that the model gives log_p (n, m),
+    as kNN-LM (Khandelwal et al. 2020) mixes the next word's; what is forbidden, -inf, stays so."""
+    start, end = (trie.upto.gather(1, trie.below[level][edge]) for edge in (node, node + 1))  # (n, m)
+    mixed = torch.logaddexp(log_p + (1 - trie.w).log(), (trie.w * (end - start)).log())
+    return mixed.masked_fill(log_p == -torch.inf, -torch.inf)
 
 
 def _read(model: Llama, prompts: list[Tensor], preamble: int) -> KVCache:

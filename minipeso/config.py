@@ -9,17 +9,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-CHOICES = {
-    "recipe": ("paper", "release"), "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"),
+CHOICES = {"recipe": ("paper", "release"), "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"),
     "split": ("natural", "user-disjoint"), "prompt": ("short", "paper", "release"), "groups": ("module", "matrix"),
     "reduction": ("sum", "mean"), **dict.fromkeys(("first_trains", "later_trains"), ("rows", "tables", "adapter")),
     "hit": ("item", "id"), "seen": ("exclude", "include"), "ids_from": ("first", "all")}
 LARGEST = 2**31 - 1
-BOUNDS = {  # of numbers; all others: check_numbers
-    **dict.fromkeys(("window", "levels", "latent", "rank", "epochs", "batch", "beams", "world_users",
-                     "world_items"), (1, LARGEST)),
-    **dict.fromkeys(("alpha", "init", "clip", "temperature"), (1e-6, 1e6)),
-    **dict.fromkeys(("warmup", "world_alpha"), (0, 1)),
+BOUNDS = {  # of numbers; all others: from 0 on
+    **dict.fromkeys("window levels latent rank epochs batch beams world_users world_items".split(), (1, LARGEST)),
+    **dict.fromkeys(("alpha", "init", "temperature"), (1e-6, 1e6)), **dict.fromkeys(("warmup", "world_alpha"), (0, 1)),
     "stages": (2, LARGEST), "min_events": (3, LARGEST), "codes": (2, LARGEST),
     "first": (1e-6, 0.999999), "dropout": (0, 0.99), "base_dropout": (0, 0.99), "threads": (0, 4096)}
 
@@ -36,8 +33,8 @@ class Config:
     method: str = "peso"  # a row of methods.METHODS
     compare: str = "popularity,transitions,pretrain,single"  # others from the same D1 model, or peso@lambda=20
     recipe: str = "paper"  # where paper and released code differ: see RECIPES
-    lam: float = 2.0  # lambda of Eq. 12; Section 5.1: searched in 0.5..8, 2 for Instruments, 5 for the others
-    proximal: str = "method"  # kl, l2, quadratic, rank-kl, output-kl, orthogonal, none; or what the method says
+    lam: float = 2.0  # lambda of Eq. 12, Sec. 5.1: 2 or 5. auto, or 0,5,20: of these, validation's best at each stage
+    proximal: str = "method"  # by method; or kl, l2, quadratic, rank-kl, output-kl, orthogonal, fisher[-product], none
     seed: int = 0  # of weights and training: the same bytes on the same CPU and library alone, elsewhere other digits
     data_seed: int = 0  # of the demo's world, the subset of users and the user-disjoint split
     users: int = 0  # a seeded subset of the users; 0: all
@@ -83,7 +80,6 @@ class Config:
     batch: int = 32  # Release: 8 x 2 accumulated x 2 GPUs
     warmup: float = 0.01  # Release: share of the steps; then a cosine to 0
     weight_decay: float = 0.01  # Release. The Trainer's own default is 0
-    clip: float = 1.0  # Release: the Trainer's default, norm of the gradient
     # the proximal term
     groups: str = "module"  # Eq. 12: v^(g) is a module. Release: A and B are groups of their own
     reduction: str = "sum"  # Eq. 12. Release: mean over modules, 112 times weaker at the 1B model
@@ -91,6 +87,7 @@ class Config:
     beams: int = 10  # Section 5.1
     seen: str = "exclude"  # ours: what a user has is not recommended again, by any system. Release: include
     hit: str = "item"  # the item itself. Release: the ID, shared or not
+    memory: bool = False  # ours: transition counts mixed into the search of every language model, as in kNN-LM
     # the demo's world (synthetic.py)
     world_users: int = 1200  # of stage 1; a sixth of them, half new, at each later one
     world_items: int = 600  # a fifth of them appears after stage 1
@@ -117,14 +114,13 @@ class Config:
             if key not in LATER:
                 raise UsageError(unknown("setting of a method", key, [flag(name)[2:] for name in LATER]))
             try:
-                changes[key] = type(getattr(self, key))(value)
+                changes[key] = GRID if (key, value) == ("lam", "auto") else type(getattr(Config, key))(value)
             except ValueError as error:
                 raise UsageError(f"{flag(key)} needs a number\nfound {pair!r}\nwrite peso@lambda=20") from error
-        cfg = dataclasses.replace(self, method=name, **changes)
-        check(cfg)
-        return cfg
+        return check(dataclasses.replace(self, method=name, **changes))
 
 
+GRID = (0.0, 2.0, 10.0, 50.0)  # of --lambda auto
 LATER = ("lam", "proximal", "later_lr", "groups", "reduction")  # act from D2 on: methods may differ
 RECIPES = {"paper": {}, "release": dict(
     groups="matrix", reduction="mean", first_trains="tables", later_trains="tables", lr=2e-4, prompt="release",
@@ -142,8 +138,7 @@ BASES = {
 _AMAZON = dict(base="meta-llama/Llama-3.2-1B", years="2019-2023")
 DATASETS = {  # name -> what Section 5.1 and App. C.1 say of it
     "demo": dict(base="nano", codes=32, rqvae_epochs=60, compare="popularity,transitions,oracle,pretrain,single"),
-    "instruments": _AMAZON | dict(lam=2.0),
-    "movies": _AMAZON | dict(lam=5.0),
+    "instruments": _AMAZON | dict(lam=2.0), "movies": _AMAZON | dict(lam=5.0),
     "books": _AMAZON | dict(lam=5.0, years="2022-2023"),
 }
 CATEGORIES = {"instruments": "Musical_Instruments", "movies": "Movies_and_TV", "books": "Books"}  # on the Hub
@@ -156,23 +151,16 @@ def category_of(dataset: str) -> str | None:
     return name if re.fullmatch(r"[A-Z][a-z]+(_[A-Za-z]+)*", name) and not Path(dataset).exists() else None
 
 
-def preset(dataset: str) -> dict:
-    """What the data set's name says: a category that the paper has not is treated as those that it has."""
-    names = {category: name for name, category in CATEGORIES.items()}
-    return DATASETS.get(names.get(dataset, dataset), _AMAZON) if category_of(dataset) else DATASETS.get(dataset, {})
-
-
 def resolve(flags: dict) -> Config:
     """The Config of these explicit settings, the presets of recipe, base and dataset filled in."""
-    settings = dict(preset(flags.get("dataset", Config.dataset)))
+    dataset, names = flags.get("dataset", Config.dataset), {category: name for name, category in CATEGORIES.items()}
+    other = _AMAZON if category_of(dataset) else {}  # a category that the paper has not: as those that it has
+    settings = dict(DATASETS.get(names.get(dataset, dataset) if other else dataset, other))
     base = flags.get("base", settings.get("base", Config.base))
-    recipe = flags.get("recipe", Config.recipe)
-    if recipe not in RECIPES:
-        raise UsageError(unknown("recipe", recipe, RECIPES))
+    recipe = RECIPES.get(flags.get("recipe"), {})
     if flags.get("method", "").startswith("lightgcn"):
         settings["compare"] = "popularity,transitions,lightgcn-pretrain,lightgcn-finetune"  # without an LLM
-    cfg = Config(**(RECIPES[recipe] | BASES.get(base, {}) | settings | {"base": base} | flags))
-    check(cfg)
+    cfg = check(Config(**(recipe | BASES.get(base, {}) | settings | {"base": base} | flags)))
     name = cfg.dataset.rstrip("/").split("/")[-1]
     out = cfg.out or f"runs/{name}-{base.rstrip('/').split('/')[-1]}-{cfg.method}-s{cfg.seed}"
     return dataclasses.replace(cfg, out=out)
@@ -192,21 +180,17 @@ def changed(cfg: Config, plain: Config | None = None) -> str:
     return "\n".join(flag(name) if isinstance(v, bool) else f"{flag(name)} {v}" for name, v in values.items())
 
 
-def check(cfg: Config) -> None:
-    """UsageError names the first setting that is not among its choices or out of its bounds."""
-    for name, allowed in CHOICES.items():
-        if getattr(cfg, name) not in allowed:
-            raise UsageError(unknown(name, getattr(cfg, name), allowed))
-    check_numbers(cfg, BOUNDS)
-
-
-def check_numbers(settings, bounds: dict[str, tuple[float, float]]) -> None:
-    """Every number of a dataclass of settings lies in its bounds; where none are given, from 0 on."""
+def check(settings, bounds: dict[str, tuple[float, float]] = BOUNDS):
+    """These settings. UsageError names the first that is not among its choices or out of its bounds (else: below 0)."""
     for field in dataclasses.fields(settings):
         kind, value = type(field.default), getattr(settings, field.name)
+        if value not in (allowed := CHOICES.get(field.name, [value])):
+            raise UsageError(unknown(field.name, value, allowed))
         low, high = bounds.get(field.name, (0, LARGEST if kind is int else 1e30))
-        if kind in (int, float) and not low <= value <= high:  # a nan fails too
+        some = value if isinstance(value, tuple) and field.name == "lam" else [value]
+        if kind in (int, float) and not all(isinstance(x, (int, float)) and low <= x <= high for x in some):  # no nan
             raise UsageError(f"{flag(field.name)} is out of range\nfound {value}\ngive one from {low:g} to {high:g}")
+    return settings
 
 
 def unknown(name: str, value, allowed) -> str:

@@ -1,6 +1,4 @@
-"""One stage of continual learning: the adapter learns D_t and is held near its previous state (Eq. 12).
-
-    L_t = CE(D_t) + lam * sum_g KL( softmax(v_t^(g)) || softmax(v_{t-1}^(g)) ),   v_t starts at v_{t-1}
+"""One stage of continual learning: the adapter learns D_t and is held near its previous state (Eq. 12, objective.py).
 
 The loop over the stages is train.py's; which methods there are, methods.py's."""
 import math
@@ -19,6 +17,7 @@ from minipeso.stages import Stage, examples
 from minipeso.state import Epochs, Progress, every_epoch
 from minipeso.tokens import Batch, Template, TokenSequence, batches, collate, sequences
 
+CLIP = 1.0  # norm of the gradient. Release: the Trainer's default
 Data = tuple[list[TokenSequence], list[TokenSequence]]  # to train on, to validate on
 
 
@@ -44,13 +43,12 @@ def choose_trainable(model: Llama, what: str) -> None:
 
 
 def train_stage(model: Llama, data: Data, t: int, cfg: Config, log: Callable[[dict], None] = lambda record: None,
-                epochs: Epochs = every_epoch) -> None:
+                epochs: Epochs = every_epoch) -> float:
     """Minimises Eq. 12 over whatever requires a gradient, and keeps the epoch with the lowest validation cross-entropy
-    (without the penalty, which says nothing about users).
+    (without the penalty, which says nothing about users). -> that cross-entropy.
 
     AdamW, warm-up and a cosine to 0, begun anew at every stage (Release). Dropout and the order of the data depend on
-    (seed, t, epoch) alone, so `epochs` may go on where an interrupted training stopped. FloatingPointError if the loss
-    or its gradient is not finite."""
+    (seed, t, epoch) alone: `epochs` may go on where an earlier start stopped. FloatingPointError: no longer finite."""
     train, valid = data
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(parameters.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -78,11 +76,11 @@ def train_stage(model: Llama, data: Data, t: int, cfg: Config, log: Callable[[di
         log({"stage": t, "epoch": epoch, "step": progress.step, "steps": steps, "valid_ce": loss})
     progress.take_best()
     log({"stage": t, **movement(model)})
+    return progress.lowest
 
 
 def train_step(model: Llama, batch: Batch, optimiser: torch.optim.Optimizer, t: int, cfg: Config) -> dict:
-    """One step of AdamW -> what the log should know: prox_ce_ratio, how hard the anchor pulls, || lam d prox/dv || /
-    || d CE/dv || over the adapter."""
+    """One step of AdamW -> its log; prox_ce_ratio: how hard the anchor pulls, ||lam d prox/dv|| / ||d CE/dv||."""
     loss = stage_loss(model, batch, cfg.proximal, cfg.lam, cfg.temperature, (cfg.groups, cfg.reduction))
     v, parameters = [p for p in adapter_parameters(model) if p.requires_grad], optimiser.param_groups[0]["params"]
     optimiser.zero_grad()
@@ -93,7 +91,7 @@ def train_step(model: Llama, batch: Batch, optimiser: torch.optim.Optimizer, t: 
     parallel.average_gradients(parameters, batch.pairs)
     push = [p.grad - g for p, g in zip(v, pull)]
     ratio = norm(pull).item() / max(norm(push).item(), 1e-30) if pull else 0.0
-    total = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+    total = nn.utils.clip_grad_norm_(parameters, CLIP)
     if not math.isfinite(loss.total.item() + total.item()):
         raise FloatingPointError(f"the loss is no longer finite at stage {t}\nce {loss.ce.item()}, prox "
                                  f"{loss.prox.item()}, gradient norm {total.item()}\nlower --lr or --lambda")

@@ -1,8 +1,7 @@
 """Item text -> item vector: what the RQ-VAE quantises, the "item semantic features" of Section 2.
 
 Paper: "title/description", no model named. Release, and here with a pretrained base: Llama's own mean hidden states of
-each, averaged (`llama_vectors`). The small bases know no language: latent semantic analysis (Deerwester et al. 1990).
-"""
+each, averaged (`llama_vectors`). A small base knows no language: latent semantic analysis (Deerwester et al. 1990)."""
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -189,7 +189,8 @@ class TokenTable(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
-        return y if self.rows is None else torch.cat([y, F.linear(x, self.rows.to(x.dtype))], -1)  # (..., V)
+        y = y if self.rows is None else torch.cat([y, F.linear(x, self.rows.to(x.dtype))], -1)  # (..., V)
+        return y.to(wide(x.dtype))
 
     def log_p(self, x: Tensor, first: int, count: int) -> Tensor:
         """log softmax(logits)[first : first + count] -> (..., count), a block of the whole vocabulary at a time."""
@@ -213,9 +214,8 @@ class LlamaModel(nn.Module):
                 cache: KVCache | None = None, states: bool = True) -> Tensor | None:
         """Last hidden states (n, l, d) of ids (n, l); with states=False none: then the cache is all that is wanted.
 
-        positions (n, l) of the tokens: by default they go on from the cache. mask (n, 1, l, length + l), which cached
-        and new tokens each may see: by default those before it. Together they let l tokens be branches of a tree, a
-        user's answers in training (tokens.py) or beams in decoding (beam.py)."""
+        positions (n, l): by default they go on from the cache. mask (n, 1, l, length + l): by default a token sees all
+        before it. Together they let l tokens be branches of a tree: answers in training, beams in decoding."""
         past, l = cache.length if cache else 0, ids.shape[1]
         if positions is None:
             positions = torch.arange(past, past + l, device=ids.device)[None]  # (1, l)
@@ -242,10 +242,7 @@ class Llama(nn.Module):
         self.lm_head = self.model.embed_tokens if tied else TokenTable(config.vocab_size, config.hidden_size)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.head(self.model(ids, cache=cache))
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.lm_head.logits(hidden).to(wide(hidden.dtype))
+        return self.lm_head.logits(self.model(ids, cache=cache))
 
     def grow(self, n_new: int, generator: torch.Generator | None = None, std: float = 0.02) -> None:
         """Adds n_new tokens behind the vocabulary, N(0, std^2). Release: the same, mean_resizing off."""

@@ -2,11 +2,10 @@
 
     W = W_0 + s B A        A (r, d_in)   B (d_out, r)   s = alpha / r
 
-A method of the cumulative family is a subclass (rivals/cumulative.py) with its own `factors`, what the
-adapter adds to W_0, `advance`, what happens when a stage begins, and `trained`, what may move in it."""
+A method of the cumulative family is a subclass with its own `factors`, `advance`, `trained`: rivals/cumulative.py."""
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,7 @@ class LoRALinear(nn.Module):
     """y = W_0 x + s B A dropout(x), with W_0 frozen (Eq. 3).
 
     A ~ U(-1/sqrt(d_in), 1/sqrt(d_in)) and B = 0, so that a new adapter changes nothing. A_prev and B_prev are v_{t-1},
-    the state at the end of the previous stage. All stay float32 beside a bfloat16 layer, which would lose a step of
-    1e-5."""
+    the state at the end of the previous stage. All stay float32: a bfloat16 layer's type would lose a step of 1e-5."""
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
         if rank < 1:
@@ -98,12 +96,9 @@ def rewrap(model: nn.Module, adapter: type[LoRALinear]) -> None:
     """Makes every adapted layer one of class `adapter` that continues from the same A and B."""
     for name, old in [(name, layer) for name, layer in adapters(model) if type(layer) is not adapter]:
         new = adapter(old, len(old.A), old.scale * len(old.A), old.dropout.p)
-        with torch.no_grad():
-            new.A.copy_(old.A)
-            new.B.copy_(old.B)
+        new.load_state_dict(new.state_dict() | {"A": old.A, "B": old.B})
         new.anchor()
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new)
+        model.set_submodule(name, new)
 
 
 def advance(model: nn.Module, generator: torch.Generator | None = None) -> None:
@@ -120,13 +115,11 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 @contextmanager
 def watching(model: nn.Module, see: Callable[[str, LoRALinear, Tensor], None]) -> Iterator[None]:
     """Every forward pass inside calls see(name, layer, x) with the input x (..., d_in) of each adapted layer."""
-    hooks = [layer.register_forward_pre_hook(lambda layer, args, name=name: see(name, layer, args[0]))
-             for name, layer in adapters(model)]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in adapters(model):
+            told = layer.register_forward_pre_hook(lambda layer, args, name=name: see(name, layer, args[0]))
+            hooks.enter_context(told)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ from minipeso.proximal import PENALTIES, Layer, output_kl, proximal_term
 from minipeso.tokens import IGNORE, Batch
 
 
-def answer_loss(model: Llama, batch: Batch, temperature: float = 1.0) -> Tensor:
+def answer_loss(model: Llama, batch: Batch, temperature: float = 1.0, reduction: str = "mean") -> Tensor:
     """CE, the mean of -log p over the answers' tokens (Eq. 2). The head sees only their positions.
     Paper, literally: the sum over an item's four tokens. Release, here: their mean; lam weighs four times as much."""
     p, cache = batch.preamble, KVCache()
@@ -22,7 +22,8 @@ def answer_loss(model: Llama, batch: Batch, temperature: float = 1.0) -> Tensor:
     hidden = model.model(batch.ids[:, p:], positions, mask, cache)  # (n, l - p, d)
     labels = batch.labels[:, p:]  # (n, l - p)
     real = labels != IGNORE
-    return F.cross_entropy(model.head(hidden[real]) / temperature, labels[real])  # logits (answers * L, V)
+    logits = model.lm_head.logits(hidden[real]) / temperature  # (answers * L, V)
+    return F.cross_entropy(logits, labels[real], reduction=reduction)
 
 
 def anchored(model: nn.Module) -> list[Layer]:
@@ -38,14 +39,18 @@ class Loss(NamedTuple):
 def stage_loss(model: Llama, batch: Batch, penalty: str = "none", lam: float = 0.0, temperature: float = 1.0,
                grouping: tuple[str, str] = ("module", "sum")) -> Loss:
     """CE + lam * penalty over the groups of the adapter: Eq. 12 with penalty "kl", Eq. 6 with "l2" or "quadratic".
-    penalty: a name of PENALTIES, "output-kl" or "none". grouping: proximal_term's (groups, reduction)."""
+    penalty: a name of PENALTIES, "output-kl", "none", or the layers' own. grouping: (groups, reduction)."""
     if penalty == "output-kl":
         ce, prox = output_loss(model, batch, temperature, grouping[1])
     else:
         ce = answer_loss(model, batch, temperature)
         if penalty == "none":
             return Loss(ce, ce.new_zeros(()), batch.weight * ce)
-        prox = proximal_term(anchored(model), PENALTIES[penalty], *grouping)
+        if penalty in PENALTIES:
+            prox = proximal_term(anchored(model), PENALTIES[penalty], *grouping)
+        else:  # rivals/fisher.py
+            terms = [layer.penalty() for _, layer in adapters(model)]
+            prox = sum(terms) / (len(terms) if grouping[1] == "mean" else 1)
     return Loss(ce, prox, batch.weight * ce + lam * prox)
 
 

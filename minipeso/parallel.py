@@ -1,8 +1,7 @@
 """Several processes, one per GPU (or a few on a CPU), as `torchrun --nproc_per_node N train.py ...` starts them.
 
 Each learns from its share of every batch, gradients are averaged, and each ranks its share of the users; the first
-alone prints and writes. All see one file system. Without torchrun there is one process, and nothing here does anything.
-"""
+alone prints and writes. All see one file system. Without torchrun there is one process, and all this does nothing."""
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence

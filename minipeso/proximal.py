@@ -21,8 +21,7 @@ def softmax_kl(v: Tensor, v_prev: Tensor) -> Tensor:
 
     With r = softmax(v), p = softmax(v_prev) and d = v - v_prev, shifted to E_p[d] = 0: KL = E_r[d] - log E_p[e^d].
     At v = v_prev the value and every entry of the gradient are exactly 0.0. Paper: E_r[log r - log p]. Release: that,
-    from probabilities + 1e-8, clamped at 0. Here: the same number from two terms of second order in d, not from two
-    logarithms near -log n, whose difference float32 loses."""
+    from probabilities + 1e-8, clamped at 0. Here: two terms of second order in d, as float32 loses log r - log p."""
     v, v_prev = _comparable(v, v_prev)  # (..., n)
     p = v_prev.softmax(-1)
     d = v - v_prev
@@ -74,8 +73,10 @@ def proximal_term(layers: list[Layer], penalty: Penalty, groups: str = "module",
     """The penalty of all groups of all modules -> (), to be multiplied by lam (Eq. 6, Eq. 12).
 
     Paper: groups "module", reduction "sum". Release: "matrix", "mean" over modules: lam_sum = lam_mean / n_modules."""
-    _check("groups", groups, "module", "matrix")
-    _check("reduction", reduction, "sum", "mean")
+    for name, value, known in (("groups", groups, ("module", "matrix")), ("reduction", reduction, ("sum", "mean"))):
+        if value not in known:
+            raise ValueError(f"unknown {name} of the proximal term\n{name}={value!r}\n"
+                             f"use {' or '.join(map(repr, known))}")
     if not layers:
         raise ValueError("no adapter to hold near its anchor\nthe list of (A, B, A_prev, B_prev) is empty\n"
                          "inject LoRA before asking for a proximal term")
@@ -93,13 +94,7 @@ def groups_of(layer: Layer, penalty: Penalty, groups: str) -> Iterator[tuple[Ten
         yield A.flatten(), A_prev.flatten()  # (r d_in,)
         yield B.flatten(), B_prev.flatten()  # (d_out r,)
     else:
-        v, v_prev = (torch.cat([M.flatten() for M in Ms]) for Ms in ((A, B), (A_prev, B_prev)))
-        yield v, v_prev  # (r d_in + d_out r,)
-
-
-def _check(name: str, value: str, *known: str) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {name} of the proximal term\n{name}={value!r}\nuse {' or '.join(map(repr, known))}")
+        yield tuple(torch.cat([a.flatten(), b.flatten()]) for a, b in ((A, B), (A_prev, B_prev)))  # (r d_in + d_out r,)
 
 
 def _comparable(v: Tensor, v_prev: Tensor) -> tuple[Tensor, Tensor]:

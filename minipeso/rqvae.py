@@ -3,8 +3,7 @@
 An encoder maps x (d_in,) to z (d,). Level l picks the codeword nearest to the residual that the levels before it leave;
 the decoder rebuilds x from the sum of the L codewords (Lee et al. 2022; the two losses: van den Oord et al. 2017).
 Items that share their first codes are alike, so a language model can generate the next item code by code.
-Paper: names the method only. Release (the authors' code; so far LC-Rec's): every number here.
-Letters: n items, L levels, K codes per level, d = d_latent."""
+Paper: its name. Release (the authors' code; so far LC-Rec's): all numbers. n items, L levels, K codes, d = d_latent."""
 import math
 from collections.abc import Sequence
 
@@ -179,7 +178,6 @@ def collisions(codes: Tensor) -> int:
 
 def require_finite(x: Tensor) -> None:
     """ValueError naming the first row with a NaN or an infinity."""
-    bad = (~x.isfinite().all(1)).nonzero()[:, 0].tolist()
-    if bad:
+    if bad := (~x.isfinite().all(1)).nonzero()[:, 0].tolist():
         raise ValueError(f"item vectors must be finite\nrow {bad[0]} is not ({len(bad)} of {len(x)} rows)\n"
                          "look at that item's text and at the model that embedded it")

@@ -47,11 +47,9 @@ class SemanticIDs:
         """k-means start, RQ-VAE, greedy codes, collision repair; on the device of `vectors` (n_items, d).
 
         born: the stage in which each item appears. The tokenizer is fitted on those of the first; the others are
-        encoded by it, stage by stage, so that no ID depends on an item that comes later. Without it, and in the
-        Release, it is fitted on the items of all stages. An ID depends on the set of vectors and the seed, not on the
-        order of the items; only *identical* vectors share out theirs by item id.
-        unique: our repair (`move_to_free`); otherwise the Release's (`reassign_groups`). shape: levels, codes,
-        d_latent, hidden of RQVAE. Release: RELEASE_HIDDEN, 20,000 epochs."""
+        encoded by it, stage by stage: no ID depends on a later item. Without it, and in the Release: fitted on all.
+        An ID depends on the vectors and the seed; the items' order counts only where vectors are *identical*.
+        unique: our repair (`move_to_free`); otherwise the Release's (`reassign_groups`). shape: of the RQVAE."""
         x, stage = torch.as_tensor(vectors, dtype=torch.float32), np.array(born or [1] * len(vectors))  # (n,)
         order = canonical_order(x.cpu().numpy(), stage)
         stage = stage[order]

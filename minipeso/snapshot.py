@@ -1,7 +1,6 @@
 """What training may change in a model, to go back to it: every method starts from one model of D_1."""
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from minipeso.llama import Llama
@@ -21,11 +20,10 @@ def snapshot(model: Llama, tables: bool = False) -> Snapshot:
     state = {f"{name}.{k}": t for name, layer in layers.items() for k, t in layer.state_dict().items() if k != "weight"}
     ends = ("embed_tokens.rows", "lm_head.rows") + tables * ("embed_tokens.weight", "lm_head.weight")
     state |= {name: t for name, t in model.state_dict().items() if name.endswith(ends)}
-    return Snapshot({name: t.detach().clone() for name, t in state.items()}, model.lm_head is model.model.embed_tokens,
-                    type(next(iter(layers.values()))))
+    tied, adapter = model.lm_head is model.model.embed_tokens, type(next(iter(layers.values())))
+    return Snapshot({name: t.clone() for name, t in state.items()}, tied, adapter)
 
 
-@torch.no_grad()
 def restore(model: Llama, saved: Snapshot) -> None:
     """Back to a snapshot, bit for bit: class of adapter, tying and every tensor."""
     rewrap(model, saved.adapter)
@@ -33,10 +31,4 @@ def restore(model: Llama, saved: Snapshot) -> None:
         model.lm_head = model.model.embed_tokens
     else:
         model.untie()
-    for name, layer in adapters(model):
-        own = {key: saved.tensors[f"{name}.{key}"] for key in layer.state_dict() if key != "weight"}
-        layer.load_state_dict(own | {"weight": layer.weight})
-    state = model.state_dict()
-    for name in saved.tensors.keys() & state.keys():
-        if "embed_tokens" in name or "lm_head" in name:
-            state[name].copy_(saved.tensors[name])
+    model.load_state_dict(model.state_dict() | saved.tensors)

@@ -66,8 +66,7 @@ def cut(interactions: Interactions, first: float = 0.6, stages: int = 5, min_eve
     """The natural chronological split (Section 3, setting 1; Appendix C.1): 60 % are D_1, then equal parts by count.
 
     Users with fewer than `min_events` events in a stage are dropped from it; a history is what survived of earlier
-    stages. Paper: "for each incremental stage, we filter out users with fewer than five". Release, and here: D_1 too.
-    ValueError for too few events, times that are all equal, or an empty D_1."""
+    stages. Paper: "for each incremental stage, we filter out users with fewer than five". Release, here: D_1 too."""
     time = interactions.time
     span = f"{len(time)} interactions" + (f", {day(time.min())} to {day(time.max())}" if len(time) else "")
     if not 0 < first < 1 or not 1 <= stages <= len(time) or time.min() == time.max():
@@ -88,10 +87,9 @@ def cut(interactions: Interactions, first: float = 0.6, stages: int = 5, min_eve
 
 def by_user(user: np.ndarray, item: np.ndarray, min_events: int) -> dict[int, list[int]]:
     """{user: items, in the order given} of the users with at least `min_events` events."""
-    order = np.argsort(user, kind="stable")  # groups users, keeps time order
-    users, starts = np.unique(user[order], return_index=True)
-    items, bounds = item[order].tolist(), [*starts.tolist(), len(order)]
-    return {u: items[a:b] for u, a, b in zip(users.tolist(), bounds, bounds[1:]) if b - a >= min_events}
+    users, starts = np.unique(np.sort(user), return_index=True)
+    lists = np.split(item[np.argsort(user, kind="stable")], starts[1:])  # groups users, keeps time order
+    return {u: items.tolist() for u, items in zip(users.tolist(), lists) if len(items) >= min_events}
 
 
 def user_disjoint(stages: Sequence[Stage], seed: int) -> list[Stage]:

@@ -5,9 +5,11 @@ A user's taste P_t is a distribution over leaves (department, kind); Q_t is new 
 shares, and the user's own whim. Within a leaf a user walks along a series (volume 1, 2, ...), so that the order of a
 history tells something. The files are in the Hub's own schema: the demo takes the same way as real data."""
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 DEPARTMENTS = {
     "guitar": ("strings", "strap", "capo", "picks", "pedal", "tuner"),
@@ -35,17 +37,18 @@ def write_world(folder: str | Path, users: int = 1200, items: int = 600, alpha: 
     return folder
 
 
-def oracle(users: int, items: int, alpha: float, seed: int, asked: set[tuple[str, str]]):
-    """Yields (user key, item key, p (items,)) for the events (user key, item key) of the same world that are asked for:
-    the true probability of every item to be taken at that moment. Nobody who does not know it can hit more often."""
-    rng, owned, last = np.random.default_rng(seed), {}, {}
+def oracle(users: int, items: int, alpha: float, seed: int, events: Sequence[tuple[str, str]], keys: Sequence[str]):
+    """p (n, I): at each of these events (user key, item key) of the same world, the true probability of every one of
+    these items to be taken. Nobody who does not know it can hit more often."""
+    rng, owned, last, p = np.random.default_rng(seed), {}, {}, dict.fromkeys(events)
     for user, item, time, taste, shelves in _events(users, items, alpha, rng):
         stage, key = (time - FIRST_DAY) // STAGE_MS, (f"U{user:05d}", f"D{item:05d}")
         before, (then, previous) = owned.setdefault(user, set()), last.get(user, (None, None))
-        if key in asked:
-            yield *key, next_items(items, taste, shelves, before, previous if then == stage else None)
+        if key in p:
+            p[key] = next_items(items, taste, shelves, before, previous if then == stage else None)
         before.add(item)
         last[user] = stage, item
+    return torch.from_numpy(np.stack([p[key] for key in events])[:, [int(key[1:]) for key in keys]])
 
 
 def next_items(items: int, taste: np.ndarray, shelves: list[list[int]], owned: set[int], last: int | None):
@@ -78,8 +81,7 @@ def _meta(item: int) -> dict:
 
 
 def _events(users: int, items: int, alpha: float, rng: np.random.Generator):
-    """Yields (user, item, time, P_t, what is on sale) of all stages; P_0 is the user's own taste, Q_t mixes fashion and
-    own whim. One item in five appears after the first stage."""
+    """Yields (user, item, time, P_t, what is on sale) of all stages. One item in five appears after the first stage."""
     born = np.array([1 if rng.random() < 0.8 else int(rng.integers(2, STAGES + 1)) for _ in range(items)])  # (items,)
     taste, owned, population = {}, {}, 0
     for stage in range(1, STAGES + 1):

@@ -77,23 +77,19 @@ def interpolation(rho: Tensor, lam: float) -> Tensor:
 
 def _check_assumption_5(Sigma: Tensor, H: Tensor) -> None:
     """ValueError unless both are symmetric PSD and no direction is flat in both (Eq. 24)."""
-    joint = sum(M / (_largest_eigenvalue(name, M) or 1.0) for name, M in (("Sigma", Sigma), ("H", H)))
+    joint = 0
+    for name, M in (("Sigma", Sigma), ("H", H)):
+        if M.ndim != 2 or M.shape[0] != M.shape[1] or not M.isfinite().all():
+            raise ValueError(f"{name} is not a finite square matrix\nshape {tuple(M.shape)}\ngive (m, m), m = len(v)")
+        asymmetry = (M - M.T).abs().max().item()
+        low, high = torch.linalg.eigvalsh(M)[[0, -1]].tolist()
+        if asymmetry > TOLERANCE * M.abs().max() or low < -TOLERANCE * abs(high):
+            fact = f"|M - M^T| is up to {asymmetry:.3g}, the smallest eigenvalue {low:.3g}"
+            raise ValueError(f"{name} is not symmetric positive semi-definite\n{fact}\n"
+                             "give a second moment (Eq. 8) or a metric such as softmax_metric(v_prev)")
+        joint = joint + M / (high or 1.0)  # (m, m)
     eigenvalues = torch.linalg.eigvalsh(joint)  # (m,)
-    flat = int((eigenvalues <= TOLERANCE * eigenvalues[-1]).sum())
-    if flat:
+    if flat := int((eigenvalues <= TOLERANCE * eigenvalues[-1]).sum()):
         raise ValueError(f"Assumption 5 fails: directions flat in Sigma and in H\n{flat} of {len(joint)}, where the "
                          f"smallest eigenvalue of Sigma/|Sigma| + H/|H| is {eigenvalues[0]:.3g}\n"
                          "the minimiser is not unique there: add data or a metric")
-
-
-def _largest_eigenvalue(name: str, M: Tensor) -> float:
-    """The largest eigenvalue of a symmetric PSD matrix; ValueError for any other."""
-    if M.ndim != 2 or M.shape[0] != M.shape[1] or not M.isfinite().all():
-        raise ValueError(f"{name} is not a finite square matrix\nshape {tuple(M.shape)}\ngive (m, m), m = len(v)")
-    asymmetry = (M - M.T).abs().max().item()
-    low, high = torch.linalg.eigvalsh(M)[[0, -1]].tolist()
-    if asymmetry > TOLERANCE * M.abs().max() or low < -TOLERANCE * abs(high):
-        fact = f"|M - M^T| is up to {asymmetry:.3g}, the smallest eigenvalue {low:.3g}"
-        raise ValueError(f"{name} is not symmetric positive semi-definite\n{fact}\n"
-                         "give a second moment (Eq. 8) or a metric such as softmax_metric(v_prev)")
-    return high

@@ -1,9 +1,8 @@
 """From examples to token sequences: the prompt, one token per code, labels on the answer only.
 
 Release: one sequence per pair (history, target). Here: pairs of one user whose histories are prefixes of each other
-share one sequence. It holds the longest history once, the trunk, and behind it one branch of question and answer per
-pair. A mask keeps the branches apart, and positions count as if each pair stood alone: loss and gradient are those of
-the single pairs, at a fraction of the tokens."""
+share one sequence: the longest history once, the trunk, and behind it a branch of question and answer per pair. A mask
+keeps the branches apart, and positions count as if each pair stood alone: the same loss and gradient, fewer tokens."""
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,11 +56,6 @@ class Template:
         first, end = tokenizer.get_vocab_size(), (marks[1],) if learn_end else ()
         return cls((marks[0], *before), separator, after, end, code_tokens(codes, n_codes, first), first, n_codes)
 
-    @property
-    def continues(self) -> bool:
-        """Whether nothing stands between the items: then the answer just continues the history."""
-        return not (self.separator or self.tail or self.end)
-
     def trunk(self, history: Iterable[int]) -> list[int]:
         """The preamble and the history."""
         tokens = [token for item in history for token in (*self.separator, *self.items[item].tolist())]
@@ -106,7 +100,7 @@ class Batch(NamedTuple):
 
 def sequences(examples: Iterable, template: Template, share: bool = True) -> list[TokenSequence]:
     """The token sequences of examples (stages.Example). share=False: one per pair, as the release; slower, the same."""
-    build = _continued if template.continues else _branched
+    build = _branched if template.separator or template.tail or template.end else _continued
     return [build(chain, template) for chain in _chains(examples, share)]
 
 

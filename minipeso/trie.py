@@ -1,7 +1,6 @@
 """The trie of real items: which code may follow a prefix of codes.
 
-Release: "constrained" decoding allows any code of the level, so beams are spent on tuples that name no item. Here: a
-trie over the catalogue, so that every finished beam is a real item."""
+Release: "constrained" decoding allows any code of the level, even if no item has it. Here: only what is in the trie."""
 import copy
 
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor
 class Trie:
     """A prefix tree in flat arrays, built from codes (n_items, L) int; items with the same codes are one leaf.
 
-    The nodes of a level are numbered in the order of their prefixes: the children of node s are first[s] ..
-    first[s + 1] - 1, and no table of next states is needed. State 0 is the root; a state at level L is the rank of the
-    item's codes. A step costs one gather, whatever the catalogue's size."""
+    The nodes of a level are numbered in the order of their prefixes: node s has the children first[s] ..
+    first[s + 1] - 1. State 0 is the root; a state at level L is the rank of the item's codes. A step is one gather."""
     def __init__(self, codes: Tensor, n_codes: int = 256):
         codes = torch.as_tensor(codes).long()
         if codes.ndim != 2 or not codes.numel():
@@ -35,7 +33,7 @@ class Trie:
         self.below = [torch.arange(nodes + 1, device=codes.device)]  # node s has leaves below[s] .. below[s + 1] - 1
         for first in self.first[:0:-1]:
             self.below.insert(0, self.below[0][first])  # (children + 1,) per level
-        self.taken = None
+        self.taken = self.upto = None
 
     def step(self, state: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """The children of `state` (...,) at `level`: their codes and states, (..., width) each.
@@ -55,6 +53,12 @@ class Trie:
         sorted, filled up with `leaves`. A node without a leaf left is struck out: no beam is spent on a dead end."""
         trie = copy.copy(self)
         trie.taken = taken.to(self.code[0].device)
+        return trie
+
+    def recalling(self, p: Tensor, w: float) -> "Trie":
+        """The same for n users with a memory of weight w that expects the leaves with p (n, leaves): beam.mixture."""
+        trie, upto = copy.copy(self), torch.nn.functional.pad(p.double().cumsum(1), (1, 0))  # (n, leaves + 1)
+        trie.upto, trie.w = upto.to(self.code[0].device), torch.tensor(w)
         return trie
 
     def to(self, device) -> "Trie":

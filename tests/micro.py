@@ -79,7 +79,8 @@ def learn_first(now, stages: int = 1, t: int = 1) -> None:
 
 def fingerprint(out: Path) -> dict[str, object]:
     """Everything a run computed, without what it merely repeats of its settings or measures of time."""
-    names = ("ranks.json", "absent.json", "metrics.jsonl", "semantic_ids.json", "adapter_model.safetensors")
+    names = ("ranks.json", "absent.json", "expected.json", "metrics.jsonl", "semantic_ids.json",
+             "adapter_model.safetensors")
     files: dict[str, object] = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*"))
                                 if path.name in names}
     for path in out.rglob("results.json"):

@@ -67,6 +67,11 @@ def release_repair(codes, residual, codebook, rounds: int):
     return codes
 
 
+def normal(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
+    """Seeded N(0, 1), the same numbers in every dtype."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
 # a toy of every part: grouped heads, all three ranges of llama3's rotary scaling, a free head_dim
 TOY = {"vocab_size": 96, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5,
@@ -150,9 +155,9 @@ def llama_logits(config: dict, weights: dict[str, np.ndarray], ids: list[int]) -
 
 
 @torch.no_grad()
-def answer_log_p(model: Llama, prompt: list[int], answer: list[int]) -> float:
+def answer_log_p(model: Llama, prompt: list[int], answer: list[int], temperature: float = 1.0) -> float:
     """log p(answer | prompt), teacher-forced: one plain forward over both, no mask, no cache."""
-    logits = model(torch.tensor([[*prompt, *answer]]))[0].double()
+    logits = model(torch.tensor([[*prompt, *answer]]))[0].double() / temperature
     return sum(logits[len(prompt) - 1 + i].log_softmax(-1)[token].item() for i, token in enumerate(answer))
 
 

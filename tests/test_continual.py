@@ -13,7 +13,7 @@ from minipeso import continual, methods
 from minipeso.continual import choose_trainable, stage_data, train_stage
 from minipeso.llama import Llama
 from minipeso.lora import LoRALinear, adapter_parameters, adapters, advance, rewrap
-from minipeso.methods import METHODS, method_named
+from minipeso.methods import method_named
 from minipeso.objective import anchored, answer_loss, stage_loss
 from minipeso.proximal import proximal_term, softmax_kl
 from minipeso.runs.run import Run
@@ -22,9 +22,7 @@ from minipeso.stages import examples
 from minipeso.state import every_epoch
 from minipeso.tokens import collate, sequences
 from tests.micro import checkpoint, fingerprint, learn_first, micro, run, set_up
-from tests.reference import textbook_softmax_kl
-
-LLM = [name for name, method in METHODS.items() if method.language and name != "evorec"]
+from tests.reference import answer_log_p, textbook_softmax_kl
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +63,9 @@ def later(now: Run, name: str, t: int = 2, look=lambda record: None) -> list[dic
     """Stage t by train.py's own loop -> the records of its training; look(record) at each."""
     method, trial, records = method_named(name), copy.copy(now), []
     vars(trial).update(  # one stage, without a disk and without ranking
-        stages=now.stages[:t], ranks={name: {}}, left=lambda name: [t], epochs=lambda phase: every_epoch,
+        stages=now.stages[:t], found={name: {}}, left=lambda name: [t], epochs=lambda phase: every_epoch,
         log=lambda name: lambda record: (records.append(record), look(record)),
-        rank=lambda t: None, save=lambda name, t, ranks: None)
+        recommend=lambda t: None, save=lambda name, t, found: None)
     if method.learn:
         method.learn(trial, name)
     else:
@@ -115,15 +113,11 @@ def perturb(model: Llama, std: float = 0.1) -> None:
         p.add_(torch.randn(p.shape, generator=generator) * std)
 
 
-@torch.no_grad()
 def cross_entropy_by_hand(now: Run, pairs, temperature: float) -> float:
     """Mean over the answers' tokens of -log p, one pair and one plain forward at a time."""
-    losses = []
-    for example in pairs:
-        prompt, answer = now.template.prompt(example.history).tolist(), now.template.answer(example.target)
-        logits = now.model(torch.tensor([[*prompt, *answer]]))[0].double() / temperature
-        losses += [-logits[len(prompt) - 1 + i].log_softmax(-1)[token].item() for i, token in enumerate(answer)]
-    return sum(losses) / len(losses)
+    answers = [(now.template.prompt(e.history).tolist(), now.template.answer(e.target)) for e in pairs]
+    losses = [answer_log_p(now.model, prompt, answer, temperature) for prompt, answer in answers]
+    return -sum(losses) / sum(len(answer) for _, answer in answers)
 
 
 def test_release_objective_term_by_term(words):
@@ -331,16 +325,17 @@ def test_it_is_the_validation_pairs_that_decide(scratch, temperature):
     assert cross_entropy_by_hand(now, pairs, temperature) == lowest == batched
 
 
-def test_all_pairs_of_an_epoch_weigh_alike(scratch):
+def test_all_pairs_of_an_epoch_weigh_alike(scratch, monkeypatch):
     """The mean of an epoch's gradients, at rate 0, is that of Eq. 12 with its pairs one by one, although no two steps
     need have as many pairs; what is logged is each step's mean over its own pairs."""
     now, seen, records = learnt(scratch), [], []
+    monkeypatch.setattr(continual, "CLIP", 1e6)
     perturb(now.model)
     v = adapter_parameters(now.model)
     for module in now.model.modules():
         module.p = 0.0  # of every dropout
     learn(now, log=lambda record: "ce" in record and (records.append(record), seen.append([p.grad.clone() for p in v])),
-          lr=0.0, clip=1e6, lam=30.0, proximal="kl")
+          lr=0.0, lam=30.0, proximal="kl")
     pairs = examples(now.stages[1], "train", now.cfg.window)
     ce = sum(answer_loss(now.model, collate([one])) for one in sequences(pairs, now.template, share=False)) / len(pairs)
     wanted = torch.autograd.grad(ce + 30 * proximal_term(anchored(now.model), softmax_kl), v)
@@ -351,18 +346,15 @@ def test_all_pairs_of_an_epoch_weigh_alike(scratch):
     assert sum(r["ce"] * r["pairs"] for r in records) / len(pairs) == pytest.approx(ce.item(), rel=1e-5)
 
 
-def test_learning_rate_schedule():
-    """Linear up over the first share of the steps, times a cosine from 1 to 0: by the half-angle identity."""
+def test_the_rate_and_the_steps_in_the_log(scratch):
+    """lr follows the schedule, linear up over the first share of the steps, times a cosine from 1 to 0 (by the
+    half-angle identity); steps count up; after each epoch a validation, and last how far the adapter moved."""
     for steps, warmup in ((4, 0.0), (100, 0.01), (100, 0.2), (7, 0.5), (1, 0.01)):
         for step in range(steps):
             ramp = min(1.0, (step + 1) / (warmup * steps)) if warmup * steps > 1 else 1.0
             wanted = ramp * math.cos(math.pi * step / steps / 2) ** 2
             assert continual.learning_rate(step, steps, warmup) == pytest.approx(wanted), (step, steps, warmup)
     assert continual.learning_rate(0, 100, 0.1) == pytest.approx(0.1) and continual.learning_rate(9, 9, 0.0) < 1e-12
-
-
-def test_the_rate_and_the_steps_in_the_log(scratch):
-    """lr follows the schedule, steps count up; after each epoch a validation, and last how far the adapter moved."""
     now, records = learnt(scratch), []
     learn(now, log=records.append, epochs=2, lr=3e-3)
     steps, checks = ([r for r in records if name in r] for name in ("ce", "valid_ce"))

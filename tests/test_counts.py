@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from minipeso.metrics import ranks_of
 from minipeso.rivals import counts
 from minipeso.runs import report
 from minipeso.stages import Stage, had, questions
@@ -45,25 +47,26 @@ def scores_by_hand(name: str, stages: list[Stage], history: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize("name", counts.NAMES)
 @pytest.mark.parametrize("seen", ["exclude", "include"])
-def test_ranks_are_those_of_counting_by_hand(name, seen):
+def test_what_is_found_is_that_of_counting_by_hand(name, seen):
     """Training items alone, a history weighed by age, what a user has left out (or not), ties to the smaller number;
     of the stage's own users and, behind them, of those who are absent."""
     for seed in range(4):
         run = run_of(seed, seen)
-        for t, ranks in counts.learn(run, name).items():
+        for t, found in counts.learn(run, name).items():
             asked, own = run.questions(int(t))
             for i, e in enumerate(asked):
                 score = scores_by_hand(name, run.stages[:int(t)], e.history)
                 order = sorted((j for j in run.known[int(t) - 1] if not own or j not in own[i]),
                                key=lambda j: (-round(score[j], 9), j))
-                place = order.index(e.target) + 1 if e.target in order else 0
-                assert ranks[i] == (place if place <= 10 else 0), (seed, t, i)
+                assert found[i].tolist() == (order + [-1] * 10)[:10], (seed, t, i)
 
 
 def test_premiums_and_references_by_hand():
     """Means over D_2 .. D_T of what is hit more often; no such stage has test users: nothing, and said so."""
     run = run_of(0)
-    ranks = {name: {t: r.clamp(max=3) * (r < 5) for t, r in counts.learn(run, name).items()} for name in counts.NAMES}
+    target = {t: torch.tensor([e.target for e in run.questions(int(t))[0]]) for t in "123"}
+    ranks = {name: {t: ranks_of(found[:, :4], target[t]) for t, found in counts.learn(run, name).items()}
+             for name in counts.NAMES}
     found = report.premiums(ranks, {"1": 8, "2": 8, "3": 8})
     for what, other in (("adapting", "transitions-first"), ("remembering", "transitions-last")):
         gain = [sum((ranks["transitions"][t][i] > 0).item() - (ranks[other][t][i] > 0).item() for i in range(8)) / 8
@@ -77,6 +80,6 @@ def test_premiums_and_references_by_hand():
     run.stages.append(Stage(4, {}, {}))
     run.known.append(run.known[-1])  # a stage without users of its own asks for the absent ones
     assert report.references(run.stages, run.known)["4"] == {"random": 10 / N, "cold": None}
-    ranks = {name: counts.learn(run, name) for name in counts.NAMES}
-    assert {len(r["4"]) for r in ranks.values()} == {len(questions(run.stages))} and len(ranks["popularity"]) == 4
+    found = {name: counts.learn(run, name) for name in counts.NAMES}
+    assert {len(f["4"]) for f in found.values()} == {len(questions(run.stages))} and len(found["popularity"]) == 4
     assert report.premiums(ranks, {"2": 8, "3": 8, "4": 0}) == report.premiums(ranks, {"2": 8, "3": 8})

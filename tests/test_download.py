@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from minipeso.files.download import PINNED, REVIEWS, HubError, content_hash, fetch, fetch_checkpoint, reviews_files
 from minipeso.files.hub import load_llama
@@ -22,6 +22,7 @@ from minipeso.synthetic import write_world
 from minipeso.tokens import QUESTIONS
 from tests.loopback import Hub
 from tests.micro import llama_checkpoint
+from tests.test_hub import write
 
 ROOT = Path(__file__).parents[1]
 BASE, CATEGORY = "meta-llama/Llama-3.2-1B", "Musical_Instruments"
@@ -231,13 +232,10 @@ def test_a_checkpoint_in_shards(hub, cache, monkeypatch):
     index is told by its reader, and a strange name in it is never asked for."""
     name = "meta-llama/Llama-3.2-3B"
     repo = shutil.copytree(hub.root / BASE, hub.root / name)
-    tensors, places, index = load_file(repo / "model.safetensors"), {}, repo / "model.safetensors.index.json"
+    tensors, index = load_file(repo / "model.safetensors"), repo / "model.safetensors.index.json"
     (repo / "model.safetensors").unlink()
-    for i in (1, 2):
-        keys, shard = sorted(tensors)[i - 1::2], f"model-{i:05}-of-00002.safetensors"
-        save_file({key: tensors[key] for key in keys}, repo / shard)
-        places |= dict.fromkeys(keys, shard)
-    index.write_text(json.dumps({"weight_map": places}))
+    write(repo, tensors, 2, json.loads((repo / "config.json").read_text()))
+    places = json.loads(index.read_text())["weight_map"]
     load_llama(name)
     assert asked(hub) == {"config.json", "tokenizer.json", "model.safetensors", index.name, *places.values()}
     hub.requests.clear()

@@ -34,28 +34,16 @@ def slow_tf_idf(documents: list[list[str]]) -> list[dict[str, float]]:
     return rows
 
 
-def test_terms():
-    """Unicode words in lower case, then neighbouring pairs; punctuation separates."""
+def test_tf_idf_is_the_textbook_formula():
+    """Every entry equals the weight computed by counting; terms of one document are left out. A term is a Unicode word
+    in lower case, or a pair of neighbours; punctuation separates."""
     assert terms("USB-C für イヤホン!") == ["usb", "c", "für", "イヤホン", "usb c", "c für", "für イヤホン"]
     assert terms(" -- ") == []
-
-
-def test_tf_idf_is_the_textbook_formula():
-    """Every entry equals the weight computed by counting; terms of one document are left out."""
     documents = [terms(text) for text in titles(25)] + [["only", "here"], []]
     matrix, slow = tf_idf(documents, range(27)).to_dense().numpy(), slow_tf_idf(documents)
     vocabulary = sorted({term for row in slow for term in row})
     want = np.array([[row.get(term, 0) for term in vocabulary] for row in slow])
     assert matrix.shape == want.shape and np.abs(matrix - want).max() < 1e-6
-
-
-def test_full_rank_keeps_the_cosines():
-    """With `dim` at the rank of the matrix, the cosines of the vectors are those of tf-idf."""
-    texts = sorted(set(titles(40)))
-    slow = slow_tf_idf([terms(text) for text in texts])
-    want = np.array([[sum(w * b.get(term, 0) for term, w in a.items()) for b in slow] for a in slow])
-    vectors = title_vectors(texts, dim=len(texts))
-    assert np.abs(vectors @ vectors.T - want).max() < 1e-5
 
 
 def test_subspace_iteration_finds_the_singular_vectors():
@@ -138,24 +126,17 @@ TEXTS = ["a cable", "case", "", "x" * 40, "a cable, long"]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 100])
-def test_llama_vectors_are_means(batch):
-    """Mean over tokens, <bos> included and padding not, whatever the batch; the items' order does not matter."""
+def test_llama_vectors_are_means(batch, monkeypatch):
+    """Mean over tokens, <bos> included and padding not, whatever the batch; the items' order does not matter. A text is
+    cut after LONGEST tokens; one without any (no <bos>) is named."""
     done = []
     vectors = llama_vectors(hidden, encode, TEXTS, batch, progress=done.append)
     want = torch.stack([slow_vector(text) for text in TEXTS]).numpy()
     assert vectors.dtype == np.float32 and np.abs(vectors - want).max() < 1e-6 and sum(done) == len(TEXTS)
     assert (llama_vectors(hidden, encode, TEXTS[::-1], batch) == vectors[::-1]).all()
-
-
-def test_long_texts_are_cut(monkeypatch):
-    """A text is cut after LONGEST tokens."""
-    monkeypatch.setattr(embed, "LONGEST", 4)
-    vectors = llama_vectors(hidden, encode, ["abcdefgh"])
-    assert np.abs(vectors[0] - slow_vector("abcdefgh", 4).numpy()).max() < 1e-6
-    assert np.abs(vectors[0] - slow_vector("abcdefgh").numpy()).max() > 1e-3
-
-
-def test_an_item_without_tokens_is_named():
-    """A text whose encoding is empty (no <bos>): ValueError naming the item."""
     with pytest.raises(ValueError, match="item 1: ''"):
-        llama_vectors(hidden, lambda text: encode(text)[1:], ["a", ""])
+        llama_vectors(hidden, lambda text: encode(text)[1:], ["a", ""], batch)
+    monkeypatch.setattr(embed, "LONGEST", 4)
+    vector = llama_vectors(hidden, encode, ["abcdefgh"], batch)[0]
+    assert np.abs(vector - slow_vector("abcdefgh", 4).numpy()).max() < 1e-6
+    assert np.abs(vector - slow_vector("abcdefgh").numpy()).max() > 1e-3

@@ -80,11 +80,13 @@ def test_what_a_user_has_is_struck_out_inside_the_search(own, seed, beams):
 @draws(12)
 @given(st.permutations(range(15)), st.sampled_from([1, 4, 64]))
 def test_batch_size_and_order_do_not_matter(order, batch):
-    """Every user's rank is the user's own, whoever is searched beside them."""
-    examples = questions(15, seed=1)
+    """Every user's rank is the user's own, whoever is searched beside them; nobody to rank is no error. What the bar
+    is told adds up to the number of users."""
+    examples, told = questions(15, seed=1), []
     ranker = Ranker(IDS, KNOWN, TEMPLATE, beams=4)
     single = [ranker.ranks(MODEL, [e]).item() for e in examples]
-    assert ranker.ranks(MODEL, [examples[i] for i in order], (), batch).tolist() == [single[i] for i in order]
+    ranks = ranker.ranks(MODEL, [examples[i] for i in order], (), batch, told.append)
+    assert ranks.tolist() == [single[i] for i in order] and sum(told) == 15 and ranker.ranks(MODEL, []).tolist() == []
 
 
 def test_every_user_counts_and_what_the_beams_miss_is_0():
@@ -109,11 +111,3 @@ def test_100_users_are_memorised(tmp_path, monkeypatch):
     last = {e.user: e for e in examples(made.stages[0], "train")}.values()  # of each user
     ranks = Ranker(made.ids, made.known[0], made.template).ranks(made.model, [*last])
     assert len(ranks) >= 100 and hit_at(ranks, 10) > 0.95, hit_at(ranks, 10)
-
-
-def test_progress_counts_every_user_once():
-    """What the bar is told adds up to the number of users; nobody to rank is an empty tensor, not an error."""
-    assert Ranker(IDS, KNOWN, TEMPLATE).ranks(MODEL, []).tolist() == []
-    told = []
-    Ranker(IDS, KNOWN, TEMPLATE, beams=2).ranks(MODEL, questions(11, seed=5), batch=4, progress=told.append)
-    assert sum(told) == 11, told

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from minipeso import continual
 from minipeso.config import Config
 from minipeso.lora import adapters, inject
-from minipeso.rivals import evorec, sasrec
-from minipeso.rivals.evorec import EvoRec, freeze_others, kept, locate
+from minipeso.rivals import evorec
+from minipeso.rivals.evorec import forget, freeze_others, kept, learn_stage, locate
 from minipeso.stages import Stage
 from minipeso.tokens import Template
 from tests.reference import toy_llama
@@ -34,9 +34,9 @@ class FakeRun:
     """What evorec.learn asks of a run, in memory. Seven layers, of which round(0.32 x 7) = 2 are located."""
 
     def __init__(self, **rivals):
-        self.cfg = Config(lr=1e-2, later_lr=0.5, epochs=1, batch=8, rivals={"filter_epochs": 2} | rivals)
+        self.cfg = Config(lr=1e-2, later_lr=0.5, epochs=1, batch=8, rivals=rivals)
         self.template = Template.short(torch.randint(8, (N_ITEMS, 2), generator=torch.Generator().manual_seed(0)), 8)
-        self.stages, self.n_items, self.ranks, self.done, self.shown = stages(), N_ITEMS, {"evorec": {}}, {}, {}
+        self.stages, self.n_items, self.found, self.done, self.shown = stages(), N_ITEMS, {"evorec": {}}, {}, {}
         self.model = toy_llama(dtype=torch.float32, num_hidden_layers=7)
         self.model.grow(2, torch.Generator().manual_seed(2), std=0.1)  # new tokens' rows, which must stay
         inject(self.model, 2, 4.0, dropout=0.1, generator=torch.Generator().manual_seed(1))
@@ -44,12 +44,12 @@ class FakeRun:
         self.epochs = lambda phase: EPOCHS
         self.left = lambda name: (t for t in (2, 3) if t not in self.done)
 
-    def rank(self, t, stage):
+    def recommend(self, t, stage):
         self.shown[t] = stage
         return torch.tensor([len(h) for h in stage.history.values()])
 
-    def save(self, name, t, ranks):
-        self.ranks[name][str(t)], self.done[t] = ranks, copy.deepcopy(self.model.state_dict())
+    def save(self, name, t, found):
+        self.found[name][str(t)], self.done[t] = found, copy.deepcopy(self.model.state_dict())
 
 
 def test_located_layers_are_those_of_a_loop_over_users():
@@ -80,48 +80,37 @@ def test_kept_by_hand():
 
 
 def test_the_filter_drops_what_does_not_belong():
-    """Trained on users who stay in one of two departments, it forgets a stray item of the other one."""
-    draw = torch.Generator().manual_seed(0)
-    cart = lambda k: (10 * k + torch.randperm(10, generator=draw)[:8]).tolist()  # noqa: E731
-    torch.manual_seed(0)
-    model, wrong = sasrec.SASRec(20, d=16), 0
-    sasrec.fit(model, [cart(k % 2) for k in range(300)], 25, 0, lr=5e-3)
-    for k in range(20):
-        past = cart(k % 2)
+    """Of users who stay in one of two departments, a stray item of the other one is forgotten."""
+    draw, wrong = np.random.default_rng(0), 0
+    carts = [(10 * (k % 2) + draw.permutation(10)[:9]).tolist() for k in range(300)]
+    pasts = [(10 * (k % 2) + draw.permutation(10)[:8]).tolist() for k in range(300)]
+    for k, past in enumerate(pasts):
         past[2] = 10 * (1 - k % 2) + k % 10
-        wrong += kept(past, sasrec.relevance(model, [past])[0].tolist(), 0.125, 3) != past[:2] + past[3:]
-    assert wrong <= 2, wrong
+    shown = forget([Stage(1, {}, {}), Stage(2, dict(enumerate(pasts)), dict(enumerate(carts)))], 20, 0.125, 3)
+    for k, past in enumerate(pasts):
+        wrong += shown.history[k] != past[:2] + past[3:]
+    assert wrong <= 3, wrong
 
 
-def test_forgetting_shortens_histories_and_nothing_else(monkeypatch):
-    """Histories are subsequences, shorter by the share, newest three kept; the filter learns training items alone, and
-    scores what users have had by the last of them."""
-    seen, before, scored, relevance = [], stages()[1], [], evorec.relevance
-    monkeypatch.setattr(evorec, "fit", lambda model, carts, *rest: seen.append(carts))
-    monkeypatch.setattr(evorec, "relevance", lambda model, carts: scored.append(carts) or relevance(model, carts))
-    after = EvoRec(N_ITEMS, FakeRun(evo_forget=0.5).cfg).forget(stages()[:2])
+def test_forgetting_shortens_histories_and_nothing_else():
+    """Histories are subsequences, shorter by the share, newest three kept; what is held out has no say."""
+    first, before = stages()[:2]
+    after = forget([first, before], N_ITEMS, 0.5, 3)
     assert after.current == before.current and after.number == 2
     for user, past in before.history.items():
         shorter, there = after.history[user], iter(past)
         assert all(item in there for item in shorter) and shorter[-3:] == past[-3:]
         assert len(shorter) == len(past) - min(len(past) // 2, max(len(past) - 3, 0))
-    assert seen == [[stage.history[u] + stage.current[u][:-2] for u in stage.users] for stage in stages()[:2]]
-    assert scored == [[past + before.current[u][:-2] for u, past in before.history.items() if past]]
-
-
-def test_relevance_and_padding():
-    """A sequence's scores do not depend on its neighbours in the batch; one beyond 50 items is scored whole."""
-    torch.manual_seed(0)
-    model, some = sasrec.SASRec(90), [list(range(60)), [4, 5], [7]]
-    for one, score in zip(some, sasrec.relevance(model, some), strict=True):
-        assert len(score) == len(one) and torch.allclose(score, sasrec.relevance(model, [one])[0], atol=1e-5)
+    other = Stage(2, before.history, {u: items[:-2] + [59, 58] for u, items in before.current.items()})
+    assert forget([first, other], N_ITEMS, 0.5, 3).history == after.history
 
 
 def test_only_located_adapters_move():
     """Every parameter outside the located layers' A and B has its bits; inside, all B have moved; 2 of 7 layers."""
     run, records = FakeRun(), []
     before = copy.deepcopy(run.model.state_dict())
-    EvoRec(N_ITEMS, run.cfg).learn_stage(run.model, run.stages[:2], run.template, records.append, run.epochs(""))
+    run.log = lambda name: records.append
+    learn_stage(run, "evorec", 2)
     moved = {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
     inside = {f"{name}.{part}" for name, _ in adapters(run.model) for part in "AB"
               if int(name.split(".")[2]) in records[0]["located"]}
@@ -134,26 +123,27 @@ def test_nobody_returns():
     """A stage without returning users: no layer is located, no weight moves, and the stage can still be ranked."""
     run, records = FakeRun(), []
     fresh, before = Stage(2, {7: []}, {7: [1, 2, 3, 4, 5]}), copy.deepcopy(run.model.state_dict())
-    shown = EvoRec(N_ITEMS, run.cfg).learn_stage(run.model, [run.stages[0], fresh], run.template, records.append, None)
+    run.stages[1], run.log = fresh, lambda name: records.append
+    shown = learn_stage(run, "evorec", 2)
     assert records == [{"stage": 2, "located": [], "touched": 0.0}] and shown.current == fresh.current
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
 
 
 def test_a_run_ranks_on_shortened_histories_and_goes_on_to_the_same_bits(monkeypatch):
-    """Interrupted after D_2: the filter learns anew what it had seen, D_3 ends with the same adapters and histories."""
+    """Interrupted after D_2: D_3 ends with the same adapters and histories."""
     whole, later, real, told = FakeRun(), FakeRun(), continual.train_stage, []
     monkeypatch.setattr(continual, "train_stage", lambda *task: told.append((task[2], task[3])) or real(*task))
-    ranks = evorec.learn(whole, "evorec")
+    found = evorec.learn(whole, "evorec")
     assert [(t, cfg.lr, cfg.proximal) for t, cfg in told] == [(2, 5e-3, "none"), (3, 5e-3, "none")]
-    assert list(ranks) == ["2", "3"] and sum(ranks["3"]) < sum(len(h) for h in whole.stages[2].history.values())
-    later.done[2], later.ranks["evorec"]["2"] = whole.done[2], ranks["2"]
+    assert list(found) == ["2", "3"] and sum(found["3"]) < sum(len(h) for h in whole.stages[2].history.values())
+    later.done[2], later.found["evorec"]["2"] = whole.done[2], found["2"]
     later.model.load_state_dict(whole.done[2])
-    assert all(torch.equal(r, ranks[t]) for t, r in evorec.learn(later, "evorec").items()) and list(later.shown) == [3]
+    assert all(torch.equal(r, found[t]) for t, r in evorec.learn(later, "evorec").items()) and list(later.shown) == [3]
     assert later.shown[3].history == whole.shown[3].history
     assert all(torch.equal(value, whole.done[3][name]) for name, value in later.done[3].items())
 
 
-OTHER = {"evo_layers": 0.6, "evo_forget": 0.6, "evo_newest": 0, "filter_epochs": 0}
+OTHER = {"evo_layers": 0.6, "evo_forget": 0.6, "evo_newest": 0}
 
 
 @pytest.mark.parametrize("field, value", [*OTHER.items()])

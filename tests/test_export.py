@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from minipeso.files import export
 from minipeso.runs import report
-from minipeso.runs.checkpoints import CheckpointError, whole
+from minipeso.runs.checkpoints import CheckpointError
 from minipeso.config import UsageError
 from minipeso.evaluate import Ranker
 from minipeso.files.export import export_merged, export_peft, llama_version
@@ -95,14 +95,6 @@ def edit(name: str, change):
     return lambda run: (run / name).write_text(json.dumps(change(json.loads((run / name).read_text()))))
 
 
-def other_facts(place: Path) -> None:
-    """A checkpoint that is whole, but of a run with other settings."""
-    tensors, facts = (place / "state.safetensors").read_bytes(), json.loads((place / "facts.json").read_text())
-    with whole(place) as folder:
-        (folder / "state.safetensors").write_bytes(tensors)
-        (folder / "facts.json").write_text(json.dumps(facts | {"settings": "0" * 16}))
-
-
 BROKEN = {  # what is done to a copy of a run, and what is said
     "data": (edit("config.json", lambda c: c | {"hashes": c["hashes"] | {"data": "0" * 64}}), UsageError, "other hash"),
     "settings": (edit("config.json", lambda c: c | {"momentum": 0.9}), UsageError, "momentum"),
@@ -111,7 +103,6 @@ BROKEN = {  # what is done to a copy of a run, and what is said
     "no settings": (lambda run: (run / "config.json").unlink(), FileNotFoundError, "config.json"),
     "base": (lambda run: (run / "checkpoints/base/state.safetensors").write_bytes(b"x"), CheckpointError, "state.safe"),
     "no base": (lambda run: shutil.rmtree(run / "checkpoints/base"), CheckpointError, "checkpoints/base is missing"),
-    "other base": (lambda run: other_facts(run / "checkpoints/base"), CheckpointError, "was made with other settings"),
     "adapter": (lambda run: [p.unlink() for p in run.glob("adapters/*/adapter_config.json")], UsageError, "any stage")}
 
 

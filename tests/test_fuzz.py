@@ -134,15 +134,22 @@ def test_the_releases_files(name, tmp_path):
     assert fuzzed(folder / name, look, 150, silent=lambda data: isinstance(json.loads(data), dict))["told"] > 90
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_llama_folder(name, tmp_path):
-    """What loads is a model of the shapes that config.json names; all else is refused in three lines. A flipped bit in
-    a weight is invisible to safetensors (the hash of a download is checked when it is downloaded)."""
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "adapter_config.json",
+                                  "adapter_model.safetensors"])
+def test_a_llama_folder_and_an_adapter(name, tmp_path):
+    """What loads is a model of the shapes that config.json names, and an adapter whose every key, shape, scale and
+    finite number fits it; all else is refused in three lines. A flipped bit in a weight is invisible to safetensors
+    (the hash of a download is checked when it is downloaded; the adapter of a run has hashes besides: below)."""
     folder = checkpoint(tmp_path / "llama")
 
-    def look():
-        return {name: tuple(p.shape) for name, p in load_llama(folder).named_parameters()}
-    assert fuzzed(folder / name, look, 150, silent=lambda data: name == "config.json")["told"] > 60
+    def look(use=load_peft):
+        inject(model := load_llama(folder), 2, 4.0)
+        if "adapter" in name:
+            use(model, tmp_path / "adapter")
+        return {name: tuple(p.shape) for name, p in model.named_parameters()}, [m.scale for _, m in adapters(model)]
+    look(save_peft)
+    path, tries, least = (tmp_path / "adapter", 60, 15) if "adapter" in name else (folder, 150, 60)
+    assert fuzzed(path / name, look, tries, silent=lambda data: name == "config.json")["told"] > least
 
 
 @pytest.mark.parametrize("name", ["config.json", "world/Demo.jsonl", "world/meta_Demo.jsonl",
@@ -158,17 +165,3 @@ def test_a_run_opened_again(name, made, tmp_path):
         _, layer = next(adapters(run.model))
         return settings, run.ids.codes.tolist(), run.template.items.tolist(), run.stage, layer.A.tolist()
     assert fuzzed(out / name, look, 100)["told"] > 60
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_an_adapter(name, tmp_path):
-    """Every key, shape, scale and finite number is held against the model; that of a run has hashes besides (above)."""
-    base = checkpoint(tmp_path / "llama")
-
-    def look(use=load_peft):
-        model = load_llama(base)
-        inject(model, 2, 4.0)
-        use(model, tmp_path / "adapter")
-        return {name: (layer.scale, *layer.A.shape) for name, layer in adapters(model)}
-    look(save_peft)
-    assert fuzzed(tmp_path / "adapter" / name, look, 60)["told"] > 15

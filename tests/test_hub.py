@@ -49,39 +49,25 @@ def fails(folder: Path, kind: type[Exception], *words: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}])
-@pytest.mark.parametrize("shards", [1, 3])
-def test_every_tensor_arrives(tmp_path, changes, shards):
-    """The loaded parameters are the files' tensors, bit for bit, and the model is in working order."""
-    tensors = checkpoint(tmp_path / "base", shards, **changes)
-    model = load_llama(tmp_path / "base")
+@pytest.mark.parametrize("shards, stored, asked", [
+    (1, torch.float32, torch.float32), (3, torch.float32, torch.float32), (1, torch.float16, torch.float32),
+    (3, torch.float64, torch.float32), (3, torch.bfloat16, torch.float64), (1, torch.bfloat16, torch.bfloat16)])
+def test_every_tensor_arrives(tmp_path, changes, shards, stored, asked):
+    """The loaded parameters are the files' tensors, bit for bit, from one file or shards of any float, in the asked
+    dtype, and the model is in working order; the folder's name may be a string. Old files' inv_freq, of any shape, and
+    a tied head's second copy are no errors."""
+    tensors = {name: t.to(stored) for name, t in checkpoint(tmp_path / "base", **changes).items()}
+    odd = {f"a{i}.rotary_emb.inv_freq": torch.ones(shape) for i, shape in enumerate([(), (0,), (3,)])}
+    odd["lm_head.weight"] = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"]).clone()
+    write(tmp_path / "odd", tensors | odd, shards, TOY | changes)
+    model = load_llama(str(tmp_path / "odd"), asked)
     loaded = dict(model.named_parameters())
-    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert loaded.keys() == tensors.keys() and {p.dtype for p in loaded.values()} == {asked}
+    assert all(torch.equal(p, tensors[name].to(asked)) for name, p in loaded.items())
     tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert tied == (changes == {})
-    assert torch.equal(model(IDS), toy_llama(dtype=torch.float32, **changes)(IDS))
-
-
-def test_name_may_be_a_string_and_dtype_is_kept(tmp_path):
-    """Parameters come in the asked dtype from files of any."""
-    tensors = checkpoint(tmp_path / "base")
-    exact = load_llama(str(tmp_path / "base"))
-    write(tmp_path / "half", {name: t.bfloat16() for name, t in tensors.items()})
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        model = load_llama(tmp_path / "half", dtype)
-        assert {p.dtype for p in model.parameters()} == {dtype}
-        noise = (model(IDS) - exact(IDS)).std() / exact(IDS).std()
-        assert noise < 0.05, f"bfloat16 weights move the logits by {noise:.3f} of their spread"
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_every_float_is_read_and_what_carries_no_information_is_passed_over(tmp_path, dtype):
-    """Other types than the model's; old files' inv_freq, of any shape, and a tied head's second copy are no errors."""
-    tensors = {name: t.to(dtype) for name, t in checkpoint(tmp_path / "base").items()}
-    odd = {f"a{i}.rotary_emb.inv_freq": torch.ones(shape) for i, shape in enumerate([(), (0,), (3,)])}
-    odd["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    write(tmp_path / "base", tensors | odd)
-    loaded = dict(load_llama(tmp_path / "base").named_parameters())
-    assert loaded.keys() == tensors.keys() and all(torch.equal(p, tensors[name].float()) for name, p in loaded.items())
+    if stored == asked == torch.float32:
+        assert torch.equal(model(IDS), toy_llama(dtype=torch.float32, **changes)(IDS))
 
 
 def test_training_writes_no_byte_of_the_checkpoint(base):
@@ -142,15 +128,6 @@ def test_a_tensor_that_does_not_fit_is_named(base, name, tensor, words):
     fails(base, ValueError, "model.safetensors", name, *words)
 
 
-def test_a_tensor_in_two_shards_is_named(tmp_path):
-    """Which of the two would count? Neither."""
-    checkpoint(tmp_path / "base", shards=2)
-    first, second = weight_files(tmp_path / "base")
-    name = next(iter(load_file(first)))
-    save_file(load_file(second) | {name: load_file(first)[name]}, second)
-    fails(tmp_path / "base", ValueError, name, second.name)
-
-
 @pytest.mark.parametrize("change", [
     *(lambda data, keep=keep: data[:keep] for keep in (0, 7, 40, -1, -1000)), lambda data: b"<!DOCTYPE html>401\n" * 40,
     lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:68a2\nsize 2471645608\n"])
@@ -161,25 +138,26 @@ def test_weights_that_are_none_are_named_with_their_size(base, change):
     fails(base, ValueError, "model.safetensors", f"{file.stat().st_size:,} bytes", "download it again")
 
 
-def test_a_missing_shard_is_named(tmp_path):
-    """The index says which files there must be."""
-    checkpoint(tmp_path / "base", shards=3)
-    (tmp_path / "base" / "model-00002-of-00003.safetensors").unlink()
-    fails(tmp_path / "base", FileNotFoundError, "model-00002-of-00003.safetensors")
+def test_a_tensor_in_two_shards_and_a_missing_shard_are_named(tmp_path):
+    """Which of the two would count? Neither. The index says which files there must be."""
+    checkpoint(tmp_path / "base", shards=2)
+    first, second = weight_files(tmp_path / "base")
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: load_file(first)[name]}, second)
+    fails(tmp_path / "base", ValueError, name, second.name)
+    first.unlink()
+    fails(tmp_path / "base", FileNotFoundError, first.name)
 
 
-@pytest.mark.parametrize("name", ["../../x", "../model-00001-of-00001.safetensors", "/etc/passwd", "x.safetensors",
-                                  "sub/model-00001-of-00001.safetensors", "model-00001-of-00001.safetensors\n"])
-def test_an_index_opens_nothing_outside_its_folder(base, name):
-    """Only model-0000N-of-0000M.safetensors may be named, though the file named is there and intact."""
-    tensors = load_file(base / "model.safetensors")
+@pytest.mark.parametrize("text, name", [
+    ("", "../../x"), ("{}", "../model-00001-of-00001.safetensors"), ("[]", "/etc/passwd"),
+    ('{"weight_map": null}', "x.safetensors"), ('{"weight_map": {"a": 3}}', "sub/model-00001-of-00001.safetensors"),
+    ("<html>", "model-00001-of-00001.safetensors\n")])
+def test_a_broken_index_is_named_and_none_opens_anything_outside_its_folder(base, text, name):
+    """An index without a readable weight_map; or with another name than model-0000N-of-0000M.safetensors, though the
+    file named is there and intact."""
+    tensors, index = load_file(base / "model.safetensors"), base / "model.safetensors.index.json"
     save_file(tensors, base.parent / "model-00001-of-00001.safetensors")
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
-    fails(base, ValueError, "index.json", repr(name))
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"weight_map": null}', '{"weight_map": {"a": 3}}', "<html>"])
-def test_a_broken_index_is_named(base, text):
-    """An index without a readable weight_map."""
-    (base / "model.safetensors.index.json").write_text(text)
-    fails(base, ValueError, "index.json", "download")
+    for broken, word in ((text, "download"), (json.dumps({"weight_map": dict.fromkeys(tensors, name)}), repr(name))):
+        index.write_text(broken)
+        fails(base, ValueError, "index.json", word)

@@ -10,7 +10,7 @@ import torch
 import train
 from minipeso import continual
 from minipeso.methods import METHODS
-from minipeso.rivals import counts, evorec, lightgcn, twotower
+from minipeso.rivals import counts, lightgcn, twotower
 from minipeso.runs.run import FIRST, Run
 from minipeso.runs.setup import Dataset
 from minipeso.semantic_ids import SemanticIDs
@@ -23,7 +23,7 @@ METHODS = {name: method for name, method in METHODS.items() if name != "oracle"}
 STILL = ("pretrain", "lightgcn-pretrain", "transitions-first")  # after D_1
 ITEMS, USERS = 24, {1: range(14), 2: range(8, 18), 3: range(4, 12)}
 CFG = micro(Path(), shape=(8, 2, 2, 1, 8), epochs=2, batch=64, later_lr=1.0, rivals=dict(
-    filter_epochs=1, evo_forget=0.5, evo_newest=0, tower_width=4, tower_epochs=2, tower_batch=16))
+    evo_forget=0.5, evo_newest=0, tower_width=4, tower_epochs=2, tower_batch=16))
 
 
 def world(held_out: int = 0, after: int = 3) -> list[Stage]:
@@ -50,7 +50,7 @@ class InMemory(Run):
         self.tokenizer, self.stages, self.known, self.n_items = None, stages, [list(range(ITEMS))] * 3, ITEMS
         self.data, self.seen, self.kept = Dataset(stages, [], Path(), ids=ids), [], {}
         self.done, self.once, self.epochs = lambda *_: False, lambda phase, learn: learn(), lambda phase: every_epoch
-        self.rank = lambda t, shown=None: self.seen.append(str(shown and shown.history))  # EvoRec's, shortened
+        self.recommend = lambda t, shown=None: self.seen.append(str(shown and shown.history))  # EvoRec's, shortened
         self.log = lambda name: lambda said: self.seen.append(str({k: said[k] for k in said if k != "valid_ce"}))
 
     def left(self, name: str) -> range:
@@ -70,18 +70,17 @@ class InMemory(Run):
 
 def learnt(stages: list[Stage], patch) -> dict[tuple[str, int], list[str]]:
     """{(method, t): what it learns at D_t}; the base and the adapter of D_1 under the name of who learns them."""
-    now, falling, fit = InMemory(stages), itertools.count(0, -1), evorec.fit
+    now, falling = InMemory(stages), itertools.count(0, -1)
     patch.setattr(continual, "mean_loss", lambda *rest: next(falling))
     patch.setattr(lightgcn, "hit_at", lambda *rest: -next(falling))
-    patch.setattr(evorec, "fit", lambda model, *rest: fit(model, *rest) or now.keep(model.state_dict()))  # the filter
     patch.setattr(twotower, "inner", lambda H, n_users: now.keep({"H": H}))
-    patch.setattr(twotower, "full_ranks", lambda *rest: None)
-    patch.setattr(counts, "full_ranks", lambda score, known, asked, n: now.keep({"scores": score(asked.user)}))
+    patch.setattr(twotower, "recommended", lambda *rest: None)
+    patch.setattr(counts, "recommended", lambda run, t, score: now.keep({"scores": score(run.questions(t)[0])}))
     with contextlib.redirect_stdout(io.StringIO()):
         train.make_base(now, CFG)
         train.learn_first(now, CFG)
     for name, method in METHODS.items():
-        now.seen, now.ranks[name] = [], {}
+        now.seen, now.found[name] = [], {}
         method.learn(now, name) if method.learn else train.learn_later(now, name, method, method.settings(CFG))
         if not method.language:
             now.kept |= {(name, t): [seen] for t, seen in enumerate(now.seen, start=1)}

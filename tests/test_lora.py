@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from minipeso.files.hub import load_llama
 from minipeso.files.peft import load_peft, save_peft
-from minipeso.lora import TARGETS, LoRALinear, adapter_parameters, adapters, advance, inject, rewrap
+from minipeso.lora import TARGETS, LoRALinear, adapter_parameters, adapters, inject, rewrap
 from minipeso.objective import stage_loss
 from minipeso.tokens import Batch
-from tests.reference import toy_llama, transformers_llama
+from tests.reference import normal, toy_llama, transformers_llama
 
 IDS = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(0))
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -21,10 +21,6 @@ WITH_NEW = torch.cat([IDS, torch.tensor([[96, 100, 98], [99, 97, 96]])], 1)
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
     return {name: t.clone() for name, t in load_file(folder / TENSORS).items()}  # they may be views of the file
-
-
-def normal(*shape: int, seed: int = 0, dtype=torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @torch.no_grad()
@@ -89,22 +85,6 @@ def test_a_starts_uniform_and_seeded():
     assert torch.equal(A, drawn[1].A) and not torch.equal(A, drawn[2].A)
     assert torch.equal(A, drawn[0].A_prev) and torch.equal(drawn[0].B, drawn[0].B_prev)
     assert 0.0495 < A.abs().max() <= 0.05 and abs(A.std().item() - 0.05 / 3**0.5) < 5e-4, A.std()
-
-
-def test_advance_copies_and_detaches():
-    """The anchor takes the adapter's values, not its storage or graph; the forward does not see it."""
-    model = adapted()
-    advance(model)
-    anchors = [p for _, lora in adapters(model) for p in (lora.A_prev, lora.B_prev)]
-    values, before = [p.detach().clone() for p in adapter_parameters(model)], model(IDS)
-    assert len(anchors) == 28 and all(map(torch.equal, anchors, values))
-    shake(model, 1)
-    for anchor, p, value in zip(anchors, adapter_parameters(model), values):
-        assert torch.equal(anchor, value) and not torch.equal(p, value)
-        assert not anchor.requires_grad and anchor.grad_fn is None and anchor.data_ptr() != p.data_ptr()
-        p.data.copy_(value)
-        anchor.zero_()
-    assert torch.equal(model(IDS), before)
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from minipeso.metrics import average, bootstrap_interval, gains, hit_at, hits, ndcg_at, summary
+from minipeso.metrics import average, bootstrap_interval, gains, hit_at, hits, ndcg_at, ranks_of, summary
 from tests.conftest import draws
 
 RANKS = torch.tensor([1, 0, 3, 5, 6, 10, 11, 0])
@@ -40,6 +40,31 @@ def test_summary_is_the_means_and_the_standard_error(ranks):
     if len(ranks) > 1:  # one user says nothing about the others
         want["se_hit@10"] = np.std(hit[1], ddof=1) / len(ranks)**0.5
     assert {k: v for k, v in row.items() if v is not None} == pytest.approx(want, abs=1e-14)
+
+
+@draws(50)
+@given(seed=st.integers(0, 10**6), n=st.integers(0, 6), k=st.integers(1, 10))
+def test_ranks_of_is_a_loop(seed, n, k):
+    """The first place of each user's target, 0 if it is not there; -1, where less was found, is nobody's target."""
+    draw = np.random.default_rng(seed)
+    found, target = torch.from_numpy(draw.integers(-1, 8, (n, k))), torch.from_numpy(draw.integers(0, 8, n))
+    ranks = ranks_of(found, target)
+    want = [row.index(t) + 1 if t in row else 0 for row, t in zip(found.tolist(), target.tolist())]
+    assert ranks.tolist() == want and ranks.dtype == torch.int64
+
+
+@pytest.mark.parametrize("metric", [hits, gains])
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_expected_metrics_are_the_mean_of_sampled_ones(metric, k):
+    """With p (n, 10) for ranks: to five standard errors the mean over targets drawn from p, place 0 if it is none of
+    the ten; where one place is sure, its metric exactly."""
+    draw, n = np.random.default_rng(k), 20_000
+    p = draw.dirichlet(np.full(11, 2.0), 6)  # (6, 11): the last is what is not among the ten
+    for expected, row in zip(metric(torch.from_numpy(p[:, :10]), k).tolist(), p):
+        sampled = metric((torch.from_numpy(draw.choice(11, n, p=row)) + 1) % 11, k).numpy()
+        assert abs(sampled.mean() - expected) <= 5 * sampled.std() / n**0.5
+    sure = torch.cat([torch.eye(10), torch.zeros(1, 10)]).double()
+    assert torch.equal(metric(sure, k), metric(torch.tensor([*range(1, 11), 0]), k))
 
 
 def test_average_weighs_stages_alike_and_leaves_out_empty_ones():
@@ -78,7 +103,7 @@ def test_interval_equals_a_loop(kind, K, sizes):
         strata.append({"hits": hits(r, 10) - hits(s, 5), "gains": gains(r, 10) - gains(s, 10),
                        "real": torch.from_numpy(rng.normal(size=(K, n)))}[kind])
     want, noise = loop([s.numpy() for s in strata], rng)
-    got = np.array(bootstrap_interval(strata, draws=4000))
+    got = np.array(bootstrap_interval(strata, draws=20_000))
     assert np.abs(got - want).max() < 0.15 * noise, f"{got} against {want}, sd of the mean {noise}"
     assert got[0] < np.mean([s.mean() for s in strata]) < got[1]
 

@@ -111,17 +111,16 @@ def test_all_users_get_one_line_each(runs, tmp_path):
 
 @pytest.mark.parametrize("env", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, ASCII])
 def test_a_terminal_without_the_letters(runs, env, tmp_path):
-    """LANG=C: what cannot be shown is replaced, nothing fails, and files keep every letter."""
+    """LANG=C: what cannot be shown is replaced, nothing fails, and files keep every letter; neither does the results
+    table of a run nor --explain, and the run's files are those of any other."""
     printed = shell(env, "eval.py", runs["reviews"], "--recommend", "U00003", "--recommend-all", tmp_path / "all.jsonl")
     assert b"U00003, D3" in printed and b" users, " in printed
     assert JAPANESE in (tmp_path / "all.jsonl").read_text(encoding="utf-8")
-
-
-def test_a_run_on_a_terminal_without_the_letters(runs, tmp_path):
-    """An ASCII terminal ends neither the results table nor --explain, and the run's files are those of any other."""
-    changes = dict(dataset=runs["reviews"].parent / "world", out=tmp_path, explain=True)
-    assert b"rank of the target" in shell(ASCII, "train.py", *flags(**MICRO | changes))
-    assert (tmp_path / "semantic_ids.json").read_bytes() == (runs["reviews"] / "semantic_ids.json").read_bytes()
+    if env == ASCII:
+        changes = dict(dataset=runs["reviews"].parent / "world", out=tmp_path / "run", explain=True)
+        assert b"rank of the target" in shell(env, "train.py", *flags(**MICRO | changes))
+        ids = "semantic_ids.json"
+        assert (tmp_path / "run" / ids).read_bytes() == (runs["reviews"] / ids).read_bytes()
 
 
 def test_an_unknown_user_is_told_who_is_known(runs):
@@ -144,9 +143,10 @@ def test_the_stage_and_the_method_are_chosen(runs, called):
 
 @pytest.mark.parametrize("names, argv, word", [
     (["reviews"], ["--stage", "2"], "--stage"), (["reviews"], ["--recommend", "x", "--stage", "9"], "D9"),
-    (["reviews", "blocks"], ["--recommend", "1"], "one run")])
+    (["reviews", "blocks"], ["--recommend", "1"], "one run"),
+    (["reviews", "reviews"], ["--report", "page.html"], "one run at a time")])
 def test_what_cannot_be_done_is_refused(runs, names, argv, word, called):
-    """A stage without a use for it, or one that is not there; more than one model."""
+    """A stage without a use for it, or one that is not there; more than one model; a page of two runs."""
     with pytest.raises(UsageError, match=word):
         called(*(runs[name] for name in names), *argv)
 
@@ -164,12 +164,13 @@ def test_eval_exports(runs, tmp_path, called):
     assert (tmp_path / name / "blocks.all.block_0.json").is_file()
 
 
-def test_interpolation_goes_from_one_adapter_to_the_next(runs, called):
-    """w = 1 gives what the run ranked; w = 0 the stage's questions to the adapter before; what lies between is neither.
-    The first stage has nothing before it."""
+def test_interpolation_goes_from_one_adapter_to_the_next(runs, called, tmp_path):
+    """w = 1 gives what the run ranked; w = 0 the stage's questions to the adapter before; what lies between is neither,
+    and is what an l2 anchor of lambda = rho leaves. The first stage has nothing before it."""
     after, before = reopen(runs["reviews"]), reopen(runs["reviews"], 2)
-    rows = {line.split("|")[1].strip(): [float(x) for x in line.split("|")[2:6]]
-            for line in called(runs["reviews"], "--interpolate", "0,0.5,1").splitlines()[2:]}
+    shown = called(runs["reviews"], "--interpolate", "0,0.5,1", "--plot", tmp_path / "w.png").splitlines()[2:]
+    rows = {line.split("|")[1].strip(): [float(x) for x in line.split("|")[3:7]] for line in shown}
+    assert (tmp_path / "w.png").read_bytes()[:4] == b"\x89PNG" and shown[1].split("|")[2].strip() == "1.00"
     (asked, own), n = after.questions(3), len(after.stages[2].users)
     for w, model in (("0", before.model), ("1", after.model)):
         ranks = Ranker(after.ids, after.known, after.template, after.cfg.beams).ranks(model, asked, own)
@@ -179,3 +180,5 @@ def test_interpolation_goes_from_one_adapter_to_the_next(runs, called):
         called(runs["reviews"], "--interpolate", "0", "--stage", 1)
     with pytest.raises(UsageError, match="needs numbers"):
         called(runs["reviews"], "--interpolate", "a")
+    with pytest.raises(UsageError, match="--plot draws"):
+        called(runs["reviews"], "--plot", tmp_path / "w.png")

@@ -41,23 +41,6 @@ def test_averages_are_over_stages_not_users():
         assert list(run({t: RANKS[t] for t in "123"[:n]})["average"]) == names
 
 
-def test_an_empty_stage_is_null_and_in_no_average():
-    """A stage without users has null metrics; the averages are those of the others."""
-    found = run(RANKS | {"3": torch.zeros(0, dtype=torch.long)})
-    assert found["stages"]["3"] == {"users": 0, **dict.fromkeys([*report.METRICS, "se_hit@10"])}
-    assert found["average"]["D2-D4"]["hit@10"] == pytest.approx((2 / 4 + 1 / 5) / 2)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-
-
-def test_no_later_stage_has_users():
-    """All averages null, and the tables still print."""
-    empty = {t: r if t == "1" else torch.zeros(0, dtype=torch.long) for t, r in RANKS.items()}
-    found = run(empty)
-    assert set(found["average"]["D2-D5"].values()) == {None}
-    runs = {"single": found, "peso": found}
-    assert "peso" in report.tables(runs, {name: empty for name in runs}, {name: {} for name in runs})
-
-
 def test_the_table_shows_every_number_once():
     """Stages, users, references and Hit@10 of every method are in the first table, averages in the second."""
     runs = {"single": run(), "peso": run(RANKS | {"5": torch.tensor([0])})}
@@ -132,13 +115,13 @@ def test_load_reads_what_write_wrote_and_names_what_is_missing(tmp_path):
     log = [{"stage": 2, "ce": 1.0, "prox_ce_ratio": r} for r in (0.1, 0.5, 0.2)]
     log += [{"stage": 2, "valid_ce": 3.0}, {"stage": 2, "valid_ce": 2.0}, {"stage": 2, "moved": 0.25, "anchor": 4.0}]
     cfg = resolve({"out": str(tmp_path), "method": "single"})
-    more = {"references": REFERENCES, "seconds": {"data": 1.5}}
+    more = {"references": REFERENCES, "premiums": {}, "seconds": {"data": 1.5}}
     report.write(tmp_path, cfg, stages, ranks, "\n".join(map(json.dumps, log)), more)
     found, read = report.load(tmp_path)
     assert found["config"]["method"] == "single" and found["stages"] == run()["stages"]
     assert found["seconds"] == {"data": 1.5} and found["peak_memory_bytes"] > 2**20
     assert found["training"] == {
-        "2": {"valid_ce": 2.0, "prox_ce_ratio": 0.2, "moved": 0.25, "anchor": 4.0, "touched": None}}
+        "2": {"valid_ce": 2.0, "prox_ce_ratio": 0.2, "moved": 0.25, "touched": None, "memory": None}}
     assert all(read[t].equal(RANKS[t]) for t in RANKS)
     assert json.loads((tmp_path / "absent.json").read_text()) == {t: [7, 0] for t in "2345"}
     (tmp_path / "ranks.json").unlink()

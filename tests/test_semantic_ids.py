@@ -172,17 +172,14 @@ def test_full_prefixes_overflow_to_the_next_nearest():
 CODES = torch.tensor([[1, 0, 3], [0, 2, 2], [1, 0, 3], [3, 3, 3]])
 
 
-def test_item_of_is_the_inverse():
-    """item_of returns exactly the items with that row; [] for any other code."""
+def test_item_of_report_and_table_by_hand():
+    """item_of returns exactly the items with that row; [] for any other code. Counts and perplexities of four rows by
+    hand; a level with under half of the possible codes in use is marked."""
     ids = fit(vectors(60), unique=False)
     assert all(item in ids.item_of(code) for item, code in enumerate(ids.codes))
     assert sorted(item for code in ids.codes.unique(dim=0) for item in ids.item_of(code)) == list(range(60))
     ids = SemanticIDs(CODES, 4)
     assert [ids.item_of(codes) for codes in ((1, 0, 3), [-1, -1, -1], (0, 0, 0), (1, 0))] == [[0, 2], [], [], []]
-
-
-def test_report_and_table_by_hand():
-    """Counts and perplexities of four rows by hand; a level with under half of the possible codes in use is marked."""
     report = SemanticIDs(CODES, 4, collisions_before=2).report()
     perplexity = report.pop("perplexity")
     assert report == {"items": 4, "distinct": 3, "collisions_before_repair": 2, "collisions": 1, "largest_group": 2,

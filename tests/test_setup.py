@@ -28,13 +28,13 @@ def raw(folder: Path) -> tuple[dict[str, list[tuple[int, str]]], dict[str, str]]
     return {user: sorted(taken) for user, taken in events.items()}, titles
 
 
-def reviews(folder: Path, rows: list[tuple[str, str, int]]) -> Path:
-    """A folder in the Hub's schema from (user, item, ms); item x is titled "the x"."""
-    folder.mkdir()
+def reviews(folder: Path, rows: list[tuple[str, str, int]], bad: str = "") -> Path:
+    """A folder in the Hub's schema from (user, item, ms); item x is titled "the x". bad: further lines of metadata."""
+    folder.mkdir(exist_ok=True)
     (folder / "R.jsonl").write_text("".join(
         json.dumps({"user_id": u, "parent_asin": i, "timestamp": t}) + "\n" for u, i, t in rows))
     (folder / "meta_R.jsonl").write_text("".join(
-        json.dumps({"parent_asin": i, "title": f"the {i}"}) + "\n" for i in sorted({i for _, i, _ in rows})))
+        json.dumps({"parent_asin": i, "title": f"the {i}"}) + "\n" for i in sorted({i for _, i, _ in rows})) + bad)
     return folder
 
 
@@ -64,29 +64,16 @@ def test_every_number_still_means_its_key_and_its_text(settings, tmp_path):
     assert checked > 100
 
 
-@pytest.mark.parametrize("shape", [
-    (), (16, 1, 0, 2, 16), (16, 1, 3, 1, 16), (16, 1, 4, 0, 16), (16, 1, 4, 3, 16), (16, 1, 4, 2)], ids=str)
-def test_a_shape_that_does_not_divide_is_refused(shape, tmp_path):
-    """Heads must divide the width, and key/value heads the heads: otherwise a message in three lines."""
-    with pytest.raises(UsageError) as error:
-        setup.llama_config(micro(tmp_path, shape=shape))
-    assert len(str(error.value).splitlines()) == 3, str(error.value)
-
-
-def test_a_subset_of_the_users_keeps_the_whole_catalogue(tmp_path):
-    """--users makes the stages smaller, not the problem easier: known items, numbers and texts stay the full data's."""
-    full, part = (setup.load_dataset(micro(tmp_path, users=n), tmp_path / "world") for n in (0, 20))
+def test_a_subset_of_the_users_keeps_the_whole_catalogue_and_another_split_has_its_own(tmp_path):
+    """--users makes the stages smaller, not the problem easier: known items, numbers and texts stay the full data's.
+    Where other users are in a stage other items enter with it, and every target is known."""
+    full, part, mixed = (setup.load_dataset(micro(tmp_path, **how), tmp_path / "world")
+                         for how in ({}, {"users": 20}, {"split": "user-disjoint"}))
     assert part.known == full.known and part.texts == full.texts and part.keys == full.keys
     assert len({u for s in part.stages for u in s.users}) == 20
     for small, large in zip(part.stages, full.stages):
         assert small.current == {u: large.current[u] for u in small.users}
-
-
-def test_the_known_items_of_the_user_disjoint_split_are_its_own(tmp_path):
-    """Other users in a stage: other items enter with it, and every target is known."""
-    natural, mixed = (setup.load_dataset(micro(tmp_path, split=split), tmp_path / "world")
-                      for split in ("natural", "user-disjoint"))
-    assert mixed.known != natural.known and mixed.known[-1] == natural.known[-1]
+    assert mixed.known != full.known and mixed.known[-1] == full.known[-1]
     for stage, known in zip(mixed.stages, mixed.known):
         assert stage.items <= set(known) and not any(stage.history.values())
 
@@ -119,22 +106,17 @@ STAGES = [{1: [0, 1, 2, 3], 2: [3, 2, 1, 0]}, {1: [4, 1, 0, 2]}]
 
 
 def test_the_release_brings_its_own_ids(tmp_path):
-    """Blocks and index file give stages and codes as they stand there; --levels does not matter."""
+    """Blocks and index file give stages and codes as they stand there; --levels does not matter. An item that only a
+    previous_block names needs an ID too."""
     codes = [[i, 2 * i, 3] for i in range(6)]
     cfg = micro(tmp_path, dataset=str(blocks(tmp_path / "data", STAGES, codes)), levels=2, codes=16)
     data = setup.load_dataset(cfg, tmp_path / "world")
     assert data.ids.codes.tolist() == codes and data.ids.n_codes == 16 and data.texts is None
     assert data.stages[1].current == {1: [4, 1, 0, 2]} and data.stages[1].history == {1: [0, 1, 2, 3]}
     assert data.known == [[0, 1, 2, 3], [0, 1, 2, 3, 4]] and not (tmp_path / "world").exists()
-
-
-def test_a_history_may_name_items_that_no_stage_has(tmp_path):
-    """An item that only a previous_block names needs an ID too."""
-    folder = blocks(tmp_path / "data", STAGES, [[i, i] for i in range(5)])
     late = {"1": {"previous_block": ["7", "0"], "current_block": ["1", "2", "3"]}}
-    (folder / "C.all.block_1.json").write_text(json.dumps(late))
-    cfg = micro(tmp_path, dataset=str(folder))
-    with pytest.raises(UsageError, match="has 5 items, the stages name item 7"):
+    (tmp_path / "data" / "C.all.block_1.json").write_text(json.dumps(late))
+    with pytest.raises(UsageError, match="has 6 items, the stages name item 7"):
         setup.load_dataset(cfg, tmp_path)
 
 
@@ -192,20 +174,6 @@ def test_prompt_and_base_must_fit(tmp_path):
             setup.make_template(micro(tmp_path, prompt=prompt, base=base), ids, words)
 
 
-def test_a_vocabulary_that_does_not_match_is_refused(tmp_path):
-    """The codes' tokens come right behind the words: tokenizer and checkpoint must have the same number of them."""
-    folder = checkpoint(tmp_path / "llama", words=240)
-    cfg = micro(tmp_path, base=str(folder), prompt="paper")
-    with pytest.raises(UsageError, match="has 256 tokens, config.json 240"):
-        setup.load_tokenizer(cfg)
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(UsageError, match="no tokenizer"):
-        setup.load_tokenizer(cfg)
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(UsageError, match="tokenizer.json is no tokenizer"):
-        setup.load_tokenizer(cfg)
-
-
 def test_item_vectors_come_from_the_model_that_has_words(tmp_path):
     """With a checkpoint the RQ-VAE sees the mean of Llama's hidden states over the title's tokens, over the
     description's, and of both (computed here one text at a time); of what is there. --text-width or a base without
@@ -246,28 +214,15 @@ def test_own_semantic_ids_are_read_by_the_items_names(tmp_path):
             setup.load_dataset(cfg, tmp_path / "world")
 
 
-def notes(folder: Path, rows: list[dict], metas: list[str]) -> list[str]:
-    (folder / "data").mkdir(exist_ok=True)
-    (folder / "data" / "C.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "data" / "meta_C.jsonl").write_text("".join(meta + "\n" for meta in metas))
-    return setup.load_dataset(micro(folder, dataset=str(folder / "data"), stages=2), folder).notes
-
-
-def test_bad_metadata_rows_are_counted(tmp_path):
-    """As those of the reviews are: by reason, in what stats.md says."""
-    rows = [{"user_id": f"u{u}", "parent_asin": f"i{k}", "timestamp": 10**12 + 10**6 * k + u}
-            for u in range(9) for k in range(9)]
-    good = [json.dumps({"parent_asin": f"i{k}", "title": f"item {k}"}) for k in range(400)]
-    clean, bad = notes(tmp_path, rows, good), notes(tmp_path, rows, [*good, "{", '{"title": "no key"}', "{"])
-    assert [note for note in bad if note not in clean] == [
-        "2 metadata rows skipped: malformed JSON", "1 metadata rows skipped: parent_asin missing, empty or not a text"]
-
-
 @pytest.mark.parametrize("fewest", [4, 5])
-def test_a_5core_file_is_noticed(fewest, tmp_path):
-    """Where every user and item has five events or more: a warning, for PESO filters per stage; one with four: none."""
-    rows = [{"user_id": f"u{u}", "parent_asin": f"i{k}", "timestamp": 10**12 + 10**6 * k + u}
-            for u in range(9) for k in range(9)
-            if u or k < fewest]
-    found = notes(tmp_path, rows, [json.dumps({"parent_asin": "i0", "title": "item"})])
-    assert any("5core" in note for note in found) == (fewest == 5), found
+def test_what_is_odd_about_the_data_is_noted(fewest, tmp_path):
+    """Bad rows of metadata are counted by reason, as those of the reviews are. Where every user and item has five
+    events or more, a 5core file: a warning, for PESO filters per stage; one with four: none."""
+    rows = [(f"u{u}", f"i{k}", 10**12 + 10**6 * k + u) for u in range(9) for k in range(400) if u or k < fewest]
+    found = []
+    for bad in ("", '{\n{"title": "no key"}\n{\n'):
+        cfg = micro(tmp_path, dataset=str(reviews(tmp_path / "data", rows, bad)), stages=2)
+        found.append(setup.load_dataset(cfg, tmp_path).notes)
+    assert [note for note in found[1] if note not in found[0]] == [
+        "2 metadata rows skipped: malformed JSON", "1 metadata rows skipped: parent_asin missing, empty or not a text"]
+    assert any("5core" in note for note in found[0]) == (fewest == 5), found

@@ -228,15 +228,6 @@ def release_folder(tmp_path, block):
     return tmp_path
 
 
-def test_release_users_are_sorted_numbers(tmp_path):
-    """Ids become integers, users come in increasing order, block_1 is stage 2."""
-    folder = release_folder(tmp_path, {"10": {"previous_block": [], "current_block": ["7", "5"]},
-                                       "9": {"previous_block": ["1"], "current_block": [3]}})
-    (stage,), codes = read_release(folder)
-    assert stage == Stage(2, {9: [1], 10: []}, {9: [3], 10: [7, 5]}) and codes == folder / "X.index.epoch1.json"
-    assert stage.users == list(stage.history) == [9, 10]
-
-
 @pytest.mark.parametrize("block, where", [
     ("{", "not JSON"), ([], "holds a list"), ({"x": {}}, "user 'x'"), ({"3": []}, "user '3'"),
     ({"3": {"current_block": ["1"]}}, "previous_block"),
@@ -250,14 +241,20 @@ def test_damaged_blocks_name_file_and_user(tmp_path, block, where):
     assert "X.all.block_1.json" in str(caught.value)
 
 
-def test_release_folder_must_be_one_data_set(tmp_path):
-    """No blocks, no semantic IDs or two data sets in one folder are refused."""
-    ids, block = "X.index.epoch1.json", '{"3": {"previous_block": [], "current_block": [1]}}'
-    for k, (names, message) in enumerate([((ids,), "no stage found"), (("X.all.block_1.json",), "semantic IDs"), (
-            (ids, "X.all.block_1.json", "Y.all.block_1.json"), "two files hold stage 2")]):
-        folder = tmp_path / f"{k}"
-        folder.mkdir()
-        for name in names:
-            (folder / name).write_text("{}" if name == ids else block)
+def test_a_release_folder_is_one_data_set_of_sorted_numbers(tmp_path):
+    """Ids become integers, users come in increasing order, block_1 is stage 2; no blocks, no semantic IDs or two data
+    sets in one folder are refused."""
+    folder = release_folder(tmp_path, {"10": {"previous_block": [], "current_block": ["7", "5"]},
+                                       "9": {"previous_block": ["1"], "current_block": [3]}})
+    ids, block = folder / "X.index.epoch1.json", folder / "X.all.block_1.json"
+    (stage,), codes = read_release(folder)
+    assert stage == Stage(2, {9: [1], 10: []}, {9: [3], 10: [7, 5]}) and codes == ids
+    assert stage.users == list(stage.history) == [9, 10]
+    for path, message in ((folder / "Y.all.block_1.json", "two files hold stage 2"), (ids, "semantic IDs")):
+        path.unlink() if path == ids else path.write_bytes(block.read_bytes())
         with pytest.raises(ValueError, match=message):
             read_release(folder)
+        path.write_text("{}") if path == ids else path.unlink()
+    block.unlink()
+    with pytest.raises(ValueError, match="no stage found"):
+        read_release(folder)

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from minipeso import synthetic
 from minipeso.files.reviews import read_items, read_reviews
 from minipeso.stages import cut, statistics
+from minipeso.runs.run import Run
 from minipeso.synthetic import FIRST_DAY, STAGE_MS, write_world
+from tests.micro import micro, run, shared_ids
 
 
 def lines(path: Path) -> list[dict]:
@@ -28,11 +31,6 @@ def leaves(folder: Path) -> dict[str, tuple[str, ...]]:
     return {row["parent_asin"]: tuple(row["categories"]) for row in lines(folder / "meta_Demo.jsonl")}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"), users=300, items=200, alpha=0.5, seed=0)
-
-
 def test_the_seed_decides_every_byte(tmp_path):
     """One seed always writes the same two files; another seed, or another alpha, other events of one catalogue."""
     def made(name, **settings):
@@ -45,8 +43,10 @@ def test_the_seed_decides_every_byte(tmp_path):
         assert again["Demo.jsonl"] != first["Demo.jsonl"] and again["meta_Demo.jsonl"] == first["meta_Demo.jsonl"]
 
 
-def test_the_readers_of_real_data_find_no_fault(world):
-    """The files are the Hub's schema: no bad row, no double, every item with a title of its own."""
+def test_the_readers_of_real_data_find_no_fault(tmp_path):
+    """The files are the Hub's schema: no bad row, no double, every item with a title of its own. The paper's 60 % +
+    4 x 10 % cut, with its five events a user, leaves no stage empty."""
+    world = write_world(tmp_path, users=300, items=200, alpha=0.5, seed=0)
     read, rows = read_reviews(world), lines(world / "Demo.jsonl")
     assert (read.bad, read.duplicates, len(read.time)) == ({}, 0, len(rows))
     assert {"user_id", "parent_asin", "asin", "rating", "timestamp"} == set(rows[0])
@@ -54,11 +54,7 @@ def test_the_readers_of_real_data_find_no_fault(world):
     assert set(read.items) <= set(items) and len(items) == 200
     assert len({fields["title"] for fields in items.values()}) == 200, "titles are not distinct"
     assert {key: tuple(fields["categories"]) for key, fields in items.items()} == leaves(world)
-
-
-def test_the_protocols_cut_finds_users_in_every_stage(world):
-    """The paper's 60 % + 4 x 10 % cut, with its five events a user, leaves no stage empty."""
-    rows = statistics(cut(read_reviews(world)))[:-1]
+    rows = statistics(cut(read))[:-1]
     assert len(rows) == 5 and all(row["users"] >= 20 for row in rows), rows
     assert all(row["new_items"] for row in rows[1:]) and all(0 < row["new_users"] < row["users"] for row in rows[1:])
 
@@ -94,8 +90,35 @@ def test_the_oracle_knows_what_a_walk_draws(tmp_path):
         share = np.bincount(drawn, minlength=300) / len(drawn)
         assert len(drawn) > 300 and (np.abs(share - p) <= 5 * np.sqrt(p * (1 - p) / len(drawn)) + 1e-9).all(), start
     said, taken = [], []
-    keys = {(row["user_id"], row["parent_asin"]) for row in lines(write_world(tmp_path, 200, 200) / "Demo.jsonl")}
-    for _, item, p in synthetic.oracle(200, 200, 0.5, 0, keys):
+    keys = [(row["user_id"], row["parent_asin"]) for row in lines(write_world(tmp_path, 200, 200) / "Demo.jsonl")]
+    items = [f"D{i:05d}" for i in reversed(range(200))]
+    for (_, item), p in zip(keys, synthetic.oracle(200, 200, 0.5, 0, keys, items).numpy(), strict=True):
         best = np.argsort(-p)[:10]
-        said.append(p[best].sum()), taken.append(int(item[1:]) in best)
-    assert len(said) == len(keys) and abs(np.mean(said) - np.mean(taken)) < 5 * np.std(taken) / len(taken)**0.5
+        said.append(p[best].sum()), taken.append(item in [items[i] for i in best])
+    assert abs(np.mean(said) - np.mean(taken)) < 5 * np.std(taken) / len(taken)**0.5
+
+
+def test_what_the_demo_expects_of_every_method(tmp_path):
+    """expected.json: for each user, present and then absent, the world's own probability of each of the ten items. The
+    oracle's are the largest that there are; what is expected is what was sampled, to five standard errors. A run of
+    other data in the same folder has nothing of it."""
+    cfg = micro(tmp_path, world_users=400, compare="popularity,transitions,oracle")
+    assert "| expected, D2 and later" in run(cfg)
+    world = Run(cfg, writes=False)
+    world.load_data(False)
+    for method in cfg.methods:
+        folder, said, taken = world.folder(method), [], []
+        ranks, absent, expected = (json.loads((folder / f"{name}.json").read_text())
+                                   for name in ("ranks", "absent", "expected"))
+        for t, rows in expected.items():
+            p, known = torch.tensor(rows, dtype=torch.double), world.known[int(t) - 1]
+            truth = torch.stack([world.truth[e] for e in world.questions(int(t))[0]])
+            assert p.shape == (len(ranks[t] + absent.get(t, [])), 10) == (len(truth), 10)
+            assert 0 <= p.min() and p.max() <= 1 and p.sum(1).max() <= 1 + 1e-9
+            best = truth[:, known].topk(10).values.sum(1)
+            assert (p.sum(1) <= best + 1e-9).all() and (method != "oracle" or torch.allclose(p.sum(1), best))
+            said += p.sum(1)[:len(ranks[t])].tolist()
+            taken += [0 < rank <= 10 for rank in ranks[t]]
+        assert len(taken) > 400 and abs(np.mean(said) - np.mean(taken)) < 5 * np.std(taken) / len(taken)**0.5, method
+    printed = run(micro(tmp_path, dataset=str(shared_ids(tmp_path / "blocks")), compare="popularity"))
+    assert "expected" not in printed and not [*tmp_path.rglob("expected.json")]

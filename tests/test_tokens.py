@@ -86,7 +86,7 @@ def test_the_short_form_is_bos_and_items():
     """<bos> = 0, codes from token 1 on, nothing between, nothing behind; no history is <bos> alone. A code is one
     token, first_token + l * n_codes + c: all levels' codes are different tokens, without gap or overlap."""
     template = Template.short([[0, 1], [6, 5]], N_CODES)
-    assert template.first_token == 1 and template.continues and template.answer(1) == [7, 13]
+    assert template.first_token == 1 and template.answer(1) == [7, 13]
     assert template.prompt((0, 1)).tolist() == [0, 1 + 0, 1 + 7 + 1, 1 + 6, 1 + 7 + 5]
     assert template.prompt(()).tolist() == [0] and template.prompt(()).dtype == torch.long
     every = np.stack([np.arange(N_CODES)] * LEVELS, 1)
@@ -148,7 +148,7 @@ def loop_loss(model, examples: list[Example], template: Template) -> torch.Tenso
 
 def batched_loss(model, built: list[TokenSequence]) -> torch.Tensor:
     batch = collate(built)
-    logits = model.head(model.model(batch.ids, batch.positions, batch.mask))
+    logits = model.lm_head.logits(model.model(batch.ids, batch.positions, batch.mask))
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 

@@ -13,19 +13,16 @@ from torch import Tensor
 from minipeso.config import Config
 from minipeso.files.reviews import read_reviews
 from minipeso.rivals import lightgcn, pisa as pisa_file, twotower
-from minipeso.rivals.lightgcn import (Free, Lesson, Links, Questions, Settings, bpr_loss, fit, full_ranks, inner,
+from minipeso.rivals.lightgcn import (Free, Lesson, Links, Questions, Settings, bpr_loss, fit, full_search, inner,
                                       propagate, sample_negatives)
 from minipeso.rivals.pisa import PISA, PIW, Contrastive, info_nce, js_divergence
-from minipeso.stages import Stage, cut
+from minipeso.stages import Stage, cut, had, questions
 from minipeso.synthetic import write_world
 from tests.conftest import draws
 from tests.micro import fingerprint, micro, run
+from tests.reference import normal
 
 U, I, D = 7, 9, 5
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def edges(seed: int = 0, m: int = 20) -> tuple[Tensor, Tensor]:
@@ -87,18 +84,17 @@ def test_negatives_are_known_and_new_to_the_user(seed, known):
 
 @draws(20)
 @given(seed=st.integers(0, 10**6))
-def test_full_ranks_are_a_loop_over_users(seed):
-    """Among known items less those had, ties to the smaller number; 0 beyond ten, if unknown and if already had."""
+def test_full_search_is_a_loop_over_users(seed):
+    """The ten best among known items less those had, ties to the smaller number."""
     draw, wanted = np.random.default_rng(seed), []
     H, known = torch.from_numpy(draw.integers(-2, 3, (U + 30, 3))).float(), sorted(draw.permutation(30)[:25].tolist())
-    user, target, seen = draw.integers(U, size=9), draw.integers(30, size=9), draw.integers([[9], [30]], size=(2, 40))
+    user, seen = draw.integers(U, size=9), draw.integers([[9], [30]], size=(2, 40))
     for k in range(9):
         score = {i: float(H[user[k]] @ H[U + i]) for i in known if i not in seen[1, seen[0] == k]}
-        order = sorted(score, key=lambda i: (-score[i], i))[:10]
-        wanted.append(order.index(target[k]) + 1 if target[k] in order else 0)
-    asked = Questions(*map(torch.from_numpy, (user, target, seen)))
+        wanted.append((sorted(score, key=lambda i: (-score[i], i)) + [-1] * 10)[:10])
+    asked = Questions(torch.from_numpy(user), None, torch.from_numpy(seen))
     for batch in (2, 4, 100):
-        assert full_ranks(inner(H, U), torch.tensor(known), asked, len(H) - U, batch=batch).tolist() == wanted
+        assert full_search(inner(H, U), torch.tensor(known), asked, len(H) - U, batch=batch).tolist() == wanted
 
 
 def lesson(user: Tensor, item: Tensor, known: int) -> Lesson:
@@ -268,17 +264,19 @@ def world(folder: Path, users: int, items: int, stages: int, **rivals) -> Simple
     stages = cut(events, stages=stages)
     known = [sorted(set().union(*(s.items for s in stages[:t]))) for t in range(1, len(stages) + 1)]
     once = lambda phase, compute: kept.get(phase) or kept.setdefault(phase, compute())  # noqa: E731
-    return SimpleNamespace(stages=stages, known=known, n_items=len(events.items), cfg=cfg, once=once, kept=kept)
+    asked = lambda t: (questions(stages[:t]), [had(stages[:t])[e.user] for e in questions(stages[:t])])  # noqa: E731
+    return SimpleNamespace(stages=stages, known=known, n_items=len(events.items), cfg=cfg, once=once, kept=kept,
+                           questions=asked)
 
 
 def test_methods_share_the_model_of_d1_and_do_not_depend_on_their_order(tmp_path):
     """Each goes on from the same model and state of the generator, learnt or read; they part at D_2."""
     one, other = (world(tmp_path, 60, 60, 3, **TOWER) for _ in range(2))
-    ranks, alone = {name: twotower.learn(one, name) for name in ALL}, twotower.learn(other, "lightgcn-pisa")
+    found, alone = {name: twotower.learn(one, name) for name in ALL}, twotower.learn(other, "lightgcn-pisa")
     assert list(one.kept) == ["towers-first"] and list(alone) == ["1", "2", "3"]
-    assert all(torch.equal(alone[t], ranks["lightgcn-pisa"][t]) for t in alone)
-    assert all(torch.equal(r["1"], alone["1"]) and len(r["2"]) == len(one.stages[1].users) for r in ranks.values())
-    assert len({str([r["2"].tolist(), r["3"].tolist()]) for r in ranks.values()}) == 5
+    assert all(torch.equal(alone[t], found["lightgcn-pisa"][t]) for t in alone)
+    assert all(torch.equal(f["1"], alone["1"]) and len(f["2"]) == len(one.questions(2)[0]) for f in found.values())
+    assert len({str([f["2"].tolist(), f["3"].tolist()]) for f in found.values()}) == 5
 
 
 def test_a_run_of_two_towers_needs_no_language_model(tmp_path):
@@ -315,24 +313,25 @@ def test_what_a_stage_teaches_asks_and_is_held_to_by_hand(monkeypatch):
     stages = [Stage(1, {0: [], 1: []}, {0: [0, 1, 2, 3, 4], 1: [5, 1]}), Stage(2, {
         0: [0, 1, 2, 3, 4], 2: []}, {0: [6, 5, 7, 8], 2: [1, 6, 0]}), Stage(3, {1: [5, 1]}, {1: [9, 2, 3]})]
     known, asked, draw = [list(range(6)), list(range(9)), list(range(10))], [], torch.Generator()
-    towers = twotower.TwoTowers(stages, known, 10, Config(rivals=dict(tower_layers=1, tower_tau=.3)))
+    of = dict(stages=stages, known=known, n_items=10, questions=lambda t: (questions(stages[:t]), []))
+    towers = twotower.TwoTowers(SimpleNamespace(**of, cfg=Config(rivals=dict(tower_layers=1, tower_tau=.3))))
     task, E = towers.lesson(2), normal(13, D).float()
     assert torch.stack([task.user, task.item]).tolist() == [[0, 0, 2], [6, 5, 1]] and task.known.tolist() == known[1]
     assert task.links.node.tolist() == [0, 0, 2, 4, 8, 9] and task.links.neighbour.tolist() == [8, 9, 4, 2, 0, 0]
     assert task.had.tolist() == [0, 1, 2, 3, 4, 5, 6, 21]
     valid = [[0, i] for i in (0, 1, 2, 3, 4, 6, 5)] + [[1, 1]]
-    told = lambda asked: (asked.user.tolist(), asked.target.tolist(), sorted(asked.seen.mT.tolist()))  # noqa: E731
+    told = lambda q: (q.user.tolist(), q.target.tolist(), sorted(q.seen.mT.tolist()))  # noqa: E731
     assert told(task.check) == ([0, 2], [7, 6], sorted(valid))
-    assert told(twotower.TwoTowers(stages, known, 10, Config(seen="include")).ask(stages[1], 2)) == ([0, 2], [7, 6], [])
+    other = twotower.TwoTowers(SimpleNamespace(**of, cfg=Config(seen="include")))
+    assert told(other.ask(stages[1])) == ([0, 2], [7, 6], [])
     monkeypatch.setattr(twotower, "fit", lambda E, task, s, draw, held=None: -E)
     held = towers.regulariser("lightgcn-pisa", E, task, 2, draw)
     assert torch.equal(held.prev, propagate(E, task.links.A, 1)) and held.s == towers.s and held.draw is draw
     assert torch.equal(held.next, propagate(-E, task.links.A, 1)) and held.next_links is task.links
     assert held.old.nonzero().flatten().tolist() == [0, 3, 4, 5] and held.links.neighbour.tolist() == [3, 4, 5, 0, 0, 0]
-    monkeypatch.setattr(twotower, "inner", lambda *given: given)
-    monkeypatch.setattr(twotower, "full_ranks", lambda *given: asked.append(given))
+    monkeypatch.setattr(twotower, "inner", lambda H, n_users: lambda nodes: (H, nodes))
+    monkeypatch.setattr(twotower, "recommended", lambda run, t, scores: asked.append(scores(run.questions(t)[0])))
     towers.learn("lightgcn-finetune", {"E": E, "generator": draw.get_state()})
-    for k, ((H, n_users), items, questions, _) in enumerate(asked):
+    for k, (H, _) in enumerate(asked):
         assert torch.equal(H, propagate((-1)**k * E, towers.lesson(k + 1).links.A, 1))
-        assert (n_users, items.tolist()) == (3, known[k])
-    assert told(asked[1][2]) == ([0, 2], [8, 0], sorted([*valid, [0, 7], [1, 6]]))
+    assert [nodes.tolist() for _, nodes in asked] == [[0, 1], [0, 2, 1], [1, 0, 2]]  # U_A, then U_I

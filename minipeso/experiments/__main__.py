@@ -4,9 +4,9 @@
     python -m minipeso.experiments table2    all 15 rows
     python -m minipeso.experiments table3    two-tower models beside the LLM; table5: all of them
     python -m minipeso.experiments table4    statistics of the data
-    python -m minipeso.experiments figure2   regularisers, each at the lambda that validation chose
+    python -m minipeso.experiments figure2   regularisers, each at the lambda at which it lets the adapter move as far
     python -m minipeso.experiments figure3   lambda; figure4: the learning rate of later stages
-    python -m minipeso.experiments tradeoff  by lambda: who gains from the anchor; --world-alpha A for other worlds
+    python -m minipeso.experiments tradeoff  by lambda: who gains from the anchor, in worlds that drift more or less
     python -m minipeso.experiments evorec    who pays for adaptation: present and absent users
 
     --seeds K (5)   --workers N (a core each)   --plot F.png   --resume (finished cells stay)   all flags of train.py
@@ -28,10 +28,12 @@ from minipeso.runs.guard import guard
 from minipeso.stages import statistics
 
 LAMBDAS = (0, 2, 10, 50, 200, 1000)  # Figure 3 and the trade-off; Section 5.1 searched 0.5 .. 8
+WORLDS = (0.3, 0.5, 0.7, 0.9)  # alpha of the demo's worlds: how much of a taste survives a stage
 RATES = (0.01, 0.05, 0.1, 0.2, 0.5, 1)  # Figure 4
-GRID = {  # Figure 2: the paper's are unknown but for kl; chosen by the validation loss of seed 0
-    "kl": (0.5, 1, 2, 5, 8), "output-kl": (0.01, 0.1, 1), "rank-kl": (0.5, 2, 8), "l2": (1e-3, 1e-2, 1e-1),
-    "orthogonal": (1e-6, 1e-4, 1e-2)}
+REGULARISERS = {  # Figure 2: where the search for each's lambda begins; the paper's are unknown but for kl
+    "kl": 20, "quadratic": 20, "rank-kl": 3, "l2": 0.01, "output-kl": 0.5, "orthogonal": 1e-3, "fisher": 3,
+    "fisher-product": 1.5}
+MOVEMENT, TRIES = 0.7, 4  # Figure 2: each moves the adapter by this share of what single does, found in so many tries
 COUNTS = ("popularity", "popularity-decayed", "transitions")  # in every table of methods
 
 
@@ -42,27 +44,46 @@ def table4(cfg: Config, done: Callable) -> tuple[str, dict]:
 
 
 def figure2(cfg: Config, done: Callable) -> tuple[str, dict]:
-    """Each regulariser's lambda is chosen on validation (seed 0), then all seeds are run with it."""
-    grid = {p: {f"{p}, lambda {lam:g}": f"peso@proximal={p}@lambda={lam}" for lam in lams} for p, lams in GRID.items()}
-    tried = done({row: cell for rows in grid.values() for row, cell in rows.items()}, seeds=1)
-    best = [min(rows.items(), key=lambda item: scores.validation(tried[item[0]])) for rows in grid.values()]
-    return scores.mean_table(done({"single": "single"} | dict(best)), "single", "regulariser")
+    """Regularisers at equal movement: lambda is searched (seed 0) until || v_t - v_{t-1} || is MOVEMENT times single's,
+    as if a share m of it went with the odds m / (1 - m) ~ 1 / lambda; then all seeds are run with it."""
+    free, lams, tried = done(["single"], seeds=1)["single"], dict(REGULARISERS), {p: {} for p in REGULARISERS}
+    for _ in range(TRIES):
+        cells = {p: f"peso@proximal={p}@lambda={lam:.3g}" for p, lam in lams.items()}
+        for p, results in done(cells, seeds=1).items():
+            share = scores.COSTS["movement"][1](results, free)[0] if not scores.lost(results) else 0.01
+            tried[p][cells[p]] = abs(share - MOVEMENT)
+            odds = min(share, 0.99) / (1 - min(share, 0.99))
+            lams[p] = float(f"{lams[p]:.3g}") * min(max(odds * (1 - MOVEMENT) / MOVEMENT, 0.05), 20)
+    best = {cell[5:].replace("@", ", "): cell for some in tried.values() for cell in [min(some, key=some.get)]}
+    return scores.mean_table(done({"single": "single"} | best), "single", "regulariser",
+                             costs=("movement", "pull", "validation CE", "seconds per stage"))
+
+
+def tradeoff(cfg: Config, done: Callable) -> tuple[str, dict]:
+    """By lambda, who gains from the anchor: in the demo's worlds, or in one data set."""
+    rows = {f"{x}": f"peso@lambda={x}" for x in LAMBDAS} | {"pretrain": "pretrain"}
+    worlds = {f"alpha {a}": {"world_alpha": a} for a in WORLDS} if cfg.dataset == "demo" else {cfg.dataset: {}}
+    parts = {world: scores.mean_table(done(rows, **kind), "0", "lambda", costs=("validation CE", "pull", "movement"))
+             for world, kind in worlds.items()}
+    text = "\n\n".join(f"### {world}\n{text}" for world, (text, _) in parts.items())
+    return text, {world: of for world, (_, of) in parts.items()}
 
 
 EXPERIMENTS = {  # (cfg, done) -> (markdown, values); done(cells or {row: cell}) gives results, learnt if not there
     "table1": lambda cfg, done: scores.gain_table(
         {s: done(["single", *paper.TABLE_1], split=s) for s in ("user-disjoint", "natural")}, paper.TABLE_1),
     "table2": lambda cfg, done: scores.method_table(done([*COUNTS, *paper.TABLE_2]), paper.TABLE_2),
-    "table3": lambda cfg, done: scores.mean_table(done([*COUNTS, *paper.TABLE_3]), "single", "method"),
+    "table3": lambda cfg, done: scores.mean_table(done([*COUNTS, *paper.TABLE_3]), "single", "method", scores.PAPER),
     "table4": table4,
-    "table5": lambda cfg, done: scores.mean_table(done([*COUNTS, *paper.TABLE_5]), "single", "method"),
+    "table5": lambda cfg, done: scores.mean_table(done([*COUNTS, *paper.TABLE_5]), "single", "method", scores.PAPER),
     "figure2": figure2,
-    "figure3": lambda cfg, done: scores.mean_table(done({f"{x}": f"peso@lambda={x}" for x in LAMBDAS}), "0", "lambda"),
-    "figure4": lambda cfg, done: scores.mean_table(
-        done({"pretrain": "pretrain"} | {f"{rate}": f"single@later-lr={rate}" for rate in RATES}), "pretrain", "lr*"),
-    "tradeoff": lambda cfg, done: scores.tradeoff_table(
-        done({f"{x}": f"peso@lambda={x}" for x in LAMBDAS} | {"pretrain": "pretrain"})),
-    "evorec": lambda cfg, done: scores.split_table(done(["pretrain", "single", "peso", "retrain", "evorec"])),
+    "figure3": lambda cfg, done: scores.mean_table(
+        done({f"{x}": f"peso@lambda={x}" for x in LAMBDAS}), "0", "lambda", scores.PAPER),
+    "figure4": lambda cfg, done: scores.mean_table(done({"pretrain": "pretrain"} | {
+        f"{x}": f"single@later-lr={x}" for x in RATES}), "pretrain", "lr*", scores.PAPER),
+    "tradeoff": tradeoff,
+    "evorec": lambda cfg, done: scores.mean_table(done(["pretrain", "single", "peso", "retrain", "evorec"]), "single",
+                                                  "method", costs=("validation CE", "touched", "seconds per stage")),
 }
 
 

@@ -1,6 +1,6 @@
 """The cells of a table: train.py learns them, each once; here they are asked for and read.
 
-    OUT/seed-<s>[-disjoint]/             a run folder of train.py: pretrain, compared with all other cells
+    OUT/seed-<s>[-user-disjoint]/        a run folder of train.py: pretrain, compared with all other cells
         <cell>/results.json  ranks.json   of peso@lambda=20, say; pretrain's lie in the folder itself
         <cell>/diverged.txt               instead: why there are none. Such a cell is not tried again
         log.txt                           the commands, and what train.py said"""
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import minipeso
-from minipeso.config import Config, UsageError
+from minipeso.config import Config, UsageError, flag
 from minipeso.runs import identity, report, setup
 from minipeso.runs.checkpoints import CheckpointError, Stop, write_file
 
@@ -26,11 +26,12 @@ ERRORS = {1: RuntimeError, 2: UsageError, 3: CheckpointError}  # by train.py's e
 
 class Result(NamedTuple):
     """What one seed of a cell gave; without ranks it diverged."""
-    ranks: dict[str, Tensor]  # {stage: (users,)}
-    training: dict[str, dict]  # {stage: {"valid_ce", "prox_ce_ratio", "moved", "anchor", "touched"}}
+    ranks: dict[str, Tensor]  # {stage: (users,)}: where the item that each took stands
+    training: dict[str, dict]  # {stage: {what: a number}} of report.PICKS
     diverged: str = ""
     seconds: float = 0.0  # of learning D_2 .. D_T, without ranking
-    absent: dict[str, Tensor] = {}  # {stage: (earlier users who are not in it,)}
+    own: dict[str, Tensor] = {}  # {stage: report.per_user of U_A, the stage's users}
+    absent: dict[str, Tensor] = {}  # {stage: of U_I, earlier users who are not in it}
     premiums: dict[str, list[float]] = {}  # what adapting and remembering can earn: (mean, low, high)
 
 
@@ -80,29 +81,31 @@ class Job(NamedTuple):
         if self.diverged(cell):
             return Result({}, {}, (place / "diverged.txt").read_text().strip())
         results, ranks = report.load(place)
-        return Result(ranks, results["training"], "", results["seconds"].get(cell, 0.0), report.absent(place),
-                      results["premiums"])
+        return Result(ranks, results["training"], "", results["seconds"].get(cell, 0.0),
+                      *report.per_user(place, ranks), results["premiums"])
 
 
 def agree(cfg: Config) -> None:
     """Cells of other settings or data are not mixed: UsageError names what differs from those in cfg.out."""
-    out, hashes = Path(cfg.out), {}
+    out, hashes, kind = Path(cfg.out), {}, ("method", "seed", "split", "world_alpha")
     for file in sorted(out.glob("seed-*/config.json")):
         if not cfg.resume:
             raise UsageError(f"{out} already holds cells\n{file.parent} is there\n"
                              "add --resume to go on from them, or name another --out")
         there = identity.read_json(file, "name another --out")
-        mine = dataclasses.replace(cfg, **{name: there.get(name) for name in ("method", "seed", "split")})
-        if mine.split not in hashes:  # read once: a large data set takes minutes
-            hashes[mine.split] = setup.fingerprints(setup.load_dataset(mine, out / "world"))
-        identity.agree(file.parent, mine, hashes[mine.split])
+        mine = dataclasses.replace(cfg, **{name: there.get(name) for name in kind})
+        if (which := (mine.split, mine.world_alpha)) not in hashes:  # read once: a large data set takes minutes
+            hashes[which] = setup.fingerprints(setup.load_dataset(mine, out / f"world-{mine.world_alpha}"))
+        identity.agree(file.parent, mine, hashes[which])
 
 
 def fill(cfg: Config, flags: list[str], cells: list[str], seeds: int, workers: int = 1,
-         split: str = "natural") -> dict[str, list[Result]]:
-    """Every cell's results for seeds 0 .. seeds - 1 with cfg's `flags`; only those are learnt that are not there."""
-    kind, flags = "-disjoint" * (split != "natural"), [*flags, "--split", split, "--seed"]  # the later of two wins
-    jobs = [Job(Path(cfg.out) / f"seed-{seed}{kind}", cells, [*flags, str(seed)]) for seed in range(seeds)]
+         **kind: str | float) -> dict[str, list[Result]]:
+    """Every cell's results for seeds 0 .. seeds - 1 with cfg's `flags`, and settings that cells of another `kind` have
+    otherwise; only those are learnt that are not there."""
+    name = "".join(f"-{value}" for setting, value in kind.items() if value != getattr(cfg, setting))
+    flags = [*flags, *(part for setting, value in kind.items() for part in (flag(setting), f"{value}")), "--seed"]
+    jobs = [Job(Path(cfg.out) / f"seed-{seed}{name}", cells, [*flags, str(seed)]) for seed in range(seeds)]
     learn(jobs, workers)
     return {cell: [job.result(cell) for job in jobs] for cell in cells}
 

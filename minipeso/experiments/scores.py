@@ -4,7 +4,7 @@ A metric is averaged over users within a stage, then over stages, then over seed
 paired: the same user and seed under two methods. Its 95 % interval is over users and seeds together
 (metrics.bootstrap_interval), of one seed over users alone. Stages without test users are in no average."""
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +20,20 @@ Filled = dict[str, list[Result]]  # {a row's name: its results, one per seed}
 Beside = dict[str, tuple[str, Sequence[float]]]  # further columns of a row: {column: (format, numbers)}
 OVER = ("single", "sumlora-latest-inherit", "sdlora-latest-inherit")  # what Table 2 gives PESO's gains over
 FOUR = "mean of four"  # the paper's "average performance"
-METRICS = {  # ranks (n,) -> a value per user (n,)
-    "H@5": partial(hits, k=5), "H@10": partial(hits, k=10), "N@5": partial(gains, k=5), "N@10": partial(gains, k=10),
-    FOUR: lambda ranks: sum(METRICS[key](ranks) for key in ("H@5", "H@10", "N@5", "N@10")) / 4}
+METRICS = {  # (whose of a Result, what the metrics take (n,) or (n, 10) -> a value per user (n,))
+    "H@5": ("ranks", partial(hits, k=5)), "H@10": ("ranks", partial(hits, k=10)),
+    "N@5": ("ranks", partial(gains, k=5)), "N@10": ("ranks", partial(gains, k=10)),
+    FOUR: ("ranks", lambda r: (hits(r, 5) + hits(r, 10) + gains(r, 5) + gains(r, 10)) / 4),
+    "U_A H@10": ("own", partial(hits, k=10)), "U_A N@10": ("own", partial(gains, k=10)),
+    "U_I N@10": ("absent", partial(gains, k=10))}
+GROUPS = [column for key in ("U_A H@10", "U_A N@10", "U_I N@10") for column in (key, f"- {key}")]
+PAPER = [FOUR, f"- {FOUR}", *GROUPS[:2], *GROUPS[4:]]  # what the paper averages, and who gains
+COSTS = {  # of a row's results and of the reference's, for the columns behind the metrics: (format, numbers)
+    "validation CE": (".4f", lambda some, to: [ce for ce in [validation(some)] if ce < float("inf")]),
+    "pull": (".2%", lambda some, to: mean_of(some, "prox_ce_ratio")),
+    "movement": (".2f", lambda some, to: [a / b for a, b in zip(mean_of(some, "moved"), mean_of(to, "moved"))]),
+    "touched": (".0%", lambda some, to: mean_of(some, "touched")),
+    "seconds per stage": (".0f", lambda some, to: [statistics.fmean(r.seconds / len(r.absent) for r in some)])}
 
 
 def lost(results: list[Result]) -> bool:
@@ -30,20 +41,34 @@ def lost(results: list[Result]) -> bool:
     return any(result.diverged for result in results)
 
 
+def values(result: Result, key: str, stages: list[str]) -> list[Tensor]:
+    """A metric per user (users,), of every stage whose group has users."""
+    whose, metric = METRICS[key]
+    return [metric(of[t]) for of in [getattr(result, whose)] for t in stages if len(of.get(t, ()))]
+
+
 def summary(results: list[Result], reference: list[Result], key: str, stages: list[str]) -> dict:
     """{"mean", "sd", "seeds"}, and {"difference", "low", "high"} of results - reference, None each if that diverged."""
-    seeds = [statistics.fmean(METRICS[key](result.ranks[t]).mean().item() for t in stages) for result in results]
+    mine, theirs = ([values(result, key, stages) for result in some] for some in (results, reference))
+    if not mine[0]:
+        return {}
+    seeds = [statistics.fmean(v.mean().item() for v in of) for of in mine]
     of = {"mean": statistics.fmean(seeds), "sd": statistics.stdev(seeds) if len(seeds) > 1 else None, "seeds": seeds}
     if lost(reference):
         return of | dict.fromkeys(("difference", "low", "high"))
-    return of | gained([torch.stack([METRICS[key](a.ranks[t]) - METRICS[key](b.ranks[t])
-                                     for a, b in zip(results, reference, strict=True)]) for t in stages])
+    pairs = zip(zip(*mine), zip(*theirs), strict=True)  # per stage, of all seeds
+    return of | gained([torch.stack(a) - torch.stack(b) for a, b in pairs])
+
+
+def mean_of(results: list[Result], what: str) -> list[float]:
+    """[the mean over seeds and stages of what training said], [] of what learns nothing."""
+    said = [of[what] for result in results for of in result.training.values() if of.get(what) is not None]
+    return [statistics.fmean(said)] if said else []
 
 
 def validation(results: list[Result]) -> float:
     """The mean over seeds and stages of the best validation cross-entropy; inf for what diverged or learns nothing."""
-    losses = [said["valid_ce"] for result in results for said in result.training.values()]
-    return statistics.fmean(losses) if losses and not lost(results) else float("inf")
+    return (mean_of(results, "valid_ce") or [float("inf")])[0] if not lost(results) else float("inf")
 
 
 def averaged(filled: Filled) -> list[tuple[str, list[str]]]:
@@ -64,19 +89,24 @@ def any_ranks(filled: Filled) -> dict[str, Tensor]:
 
 
 def table(filled: Filled, to: str, corner: str, columns: list[str], stages: list[str],
-          beside: Callable[[str], Beside]) -> tuple[str, dict]:
-    """(markdown, values) of all rows. Column "H@10": mean, "- H@10": difference to row `to`; then beside(name)."""
-    texts, values = {}, {}
+          costs: Sequence[str] = (), published: dict = {}) -> tuple[str, dict]:
+    """(markdown, values) of all rows. Column "H@10": mean, "- H@10": difference to row `to`; then COSTS, and what the
+    paper has. *: the lowest validation loss."""
+    texts, of, best = {}, {}, min(map(validation, filled.values()))
     for name in [name for name in filled if not lost(filled[name])]:
-        more = beside(name)  # in every row the same columns
         keys = dict.fromkeys(column.removeprefix("- ") for column in columns)
-        of = {key: summary(filled[name], filled[to], key, stages) for key in keys}
-        cells = [mean_sd(of[c]) if c in of else "" if name == to else interval(of[c[2:]]) for c in columns]
-        texts[name] = cells + [", ".join(f"{x:{form}}" for x in numbers) or "-" for form, numbers in more.values()]
-        values[name] = of | {column: list(numbers) for column, (_, numbers) in more.items()}
-    titles = [f"{column[2:]} - {to} [95 %]" if column.startswith("- ") else column for column in [*columns, *more]]
+        of[name] = row = {key: summary(filled[name], filled[to], key, stages) for key in keys}
+        texts[name] = [mean_sd(row[c]) if c in row else "" if name == to else interval(row[c[2:]]) for c in columns]
+        for cost in costs:
+            form, found = COSTS[cost][0], COSTS[cost][1](filled[name], filled[to])
+            star = " *" * (cost == "validation CE" and validation(filled[name]) == best < float("inf"))
+            texts[name].append(", ".join(f"{x:{form}}{star}" for x in found) or "-")
+            row[cost] = found
+        texts[name] += [f"{x:.4f}" for x in published.get(name, ())] or ["-"] * bool(published) * 2
+    titles = [f"{column[2:]} - {to} [95 %]" if column.startswith("- ") else column for column in [*columns, *costs]]
+    titles += ["paper: H@10", "paper: N@10"] * bool(published)
     lines = [[name, *texts.get(name, ["diverged"] * len(titles))] for name in filled]
-    return markdown([[corner, *titles], *lines]), {name: values.get(name, {"diverged": True}) for name in filled}
+    return markdown([[corner, *titles], *lines]), {name: of.get(name, {"diverged": True}) for name in filled}
 
 
 def told(texts: list[str], filled: Filled, what: str = "") -> str:
@@ -92,21 +122,22 @@ def told(texts: list[str], filled: Filled, what: str = "") -> str:
 
 
 def mean_sd(of: dict) -> str:
-    return f"{of['mean']:.4f}" + ("" if of["sd"] is None else f" ± {of['sd']:.4f}")
+    return "-" if not of else f"{of['mean']:.4f}" + ("" if of["sd"] is None else f" ± {of['sd']:.4f}")
 
 
 def method_table(filled: Filled, published: dict) -> tuple[str, dict]:
-    """Table 2's form for each of the paper's two averages, its own numbers on the right, PESO's gains below."""
-    columns = ["H@5", "H@10", "N@5", "N@10", "- H@10", "- N@10"]
-    texts, values = [], {}
+    """Table 2's form for each of the paper's two averages, its own numbers on the right, PESO's gains below; then who
+    gains."""
+    columns, paper = ["H@5", "H@10", "N@5", "N@10", "- H@10", "- N@10"], {n: row[1::2] for n, row in published.items()}
+    texts, of = [], {}
     for span, stages in averaged(filled):
-        text, values[span] = table(filled, "single", f"mean over {span}", columns, stages, lambda name: {
-            f"paper: {key}": (".4f", published.get(name, ())[i:i + 1]) for key, i in (("H@10", 1), ("N@10", 3))})
+        text, of[span] = table(filled, "single", f"mean over {span}", columns, stages, published=paper)
         gains = [[f"over {name}", *(interval(gain(filled["peso"], filled[name], key, stages), ".1f")
                                     for key in columns[:4])] for name in OVER if {name, "peso"} <= {*filled}]
         texts += [text, markdown([["gain of peso, %", *(f"{key} [95 %]" for key in columns[:4])], *gains])]
+    text, of["groups"] = table(filled, "single", "who gains", GROUPS, stages, ["validation CE"])
     legend = "mean ± sd over seeds; the paper's columns are its Instruments with Llama-3.2-1B, over D2-D4."
-    return told([*texts, legend], filled), values
+    return told([*texts, text, legend], filled), of
 
 
 def gain_table(splits: dict[str, Filled], published: dict) -> tuple[str, dict]:
@@ -135,76 +166,39 @@ def gain(results: list[Result], other: list[Result], key: str, stages: list[str]
     return {name: 100 * of[name] / base for name in ("difference", "low", "high")} if base else {}
 
 
-def mean_table(filled: Filled, to: str, what: str) -> tuple[str, dict]:
-    """A figure's numbers: the mean of the four metrics over D2-D5, beside the validation loss."""
+def mean_table(filled: Filled, to: str, what: str, columns: Sequence[str] = GROUPS,
+               costs: Sequence[str] = ("validation CE",)) -> tuple[str, dict]:
+    """Everything else: means over D2-D5 and who gains, U_A and U_I (stages.questions), beside what it cost."""
     span, stages = averaged(filled)[-1]
-    text, values = table(filled, to, what, [FOUR, f"- {FOUR}", "H@10", "- H@10"], stages, lambda name: {
-        "validation CE": (".4f", [ce for ce in [validation(filled[name])] if ce < float("inf")])})
-    return told([text, f"mean ± sd over seeds, over {span}"], filled, f"{what} "), values
-
-
-def split_table(filled: Filled) -> tuple[str, dict]:
-    """Who pays for adaptation: the stage's own users, U_A, or the absent ones, U_I (stages.questions); U: both."""
-    def cost(name: str) -> Beside:
-        shares = [said["touched"] for result in filled[name] for said in result.training.values()]
-        touched = statistics.fmean([1.0 if share is None else share for share in shares] or [0.0])  # None: all of it
-        seconds = statistics.fmean(result.seconds / len(result.absent) for result in filled[name])
-        return {"adapter touched": (".0%", [touched]), "seconds per stage": (".0f", [seconds])}
-    texts, values = [], {}
-    for part in ("U_A", "U_I", "U"):
-        rows = {name: [users_of(part, result) for result in results] for name, results in filled.items()}
-        users = {t: len(ranks) for t, ranks in any_ranks(rows).items() if len(ranks)}  # per stage
-        corner = f"{part}, {statistics.fmean(users.values()):,.0f} users per stage"
-        text, values[part] = table(rows, "single", corner, ["H@10", "N@10", "- N@10"], list(users), cost)
-        texts.append(text)
-    return told([*texts, f"mean ± sd over seeds, over {averaged(filled)[-1][0]}"], filled), values
-
-
-def tradeoff_table(filled: Filled) -> tuple[str, dict]:
-    """By lambda, and without adaptation: what is gained over lambda 0 by U_A and by U_I, the lambda that validation
-    chooses, and the data's premiums."""
-    parts = {part: {name: [users_of(part, result) for result in results] for name, results in filled.items()}
-             for part in ("U_A", "U_I")}
-    rows = {name: {f"{part} {key}": summary(parts[part][name], parts[part]["0"], key, averaged(parts[part])[-1][1])
-                   for part, key in (("U_A", "H@10"), ("U_A", "N@10"), ("U_I", "N@10"))}
-            for name in filled if not lost(filled[name])}
-    chosen, earn = min(rows, key=lambda name: validation(filled[name])), filled["0"][0].premiums
-    lines = []
-    for name, row in rows.items():
-        pull = [said["prox_ce_ratio"] for result in filled[name] for said in result.training.values()]
-        lines.append([name + " *" * (name == chosen), f"{validation(filled[name]):.4f}" if pull else "-",
-                      f"{100 * statistics.fmean(pull):.2g} %" if pull else "-", *(
-            text for of in row.values() for text in (mean_sd(of), "" if name == "0" else interval(of)))])
-    header = ["lambda", "validation CE", "pull", *(title for of in rows["0"] for title in (of, "- lambda 0 [95 %]"))]
-    legend = "*: the lambda with the lowest validation loss; pull: the norm of the term's gradient by cross-entropy's"
+    text, of = table(filled, to, what, [*columns], stages, costs)
+    earn = next(results[0].premiums for results in filled.values() if not lost(results))
     said = "counts say what can be earned, Hit@10: " + ", ".join(
-        f"{what} {mean:+.3f} [{low:+.3f}, {high:+.3f}]" for what, (mean, low, high) in earn.items())
-    return told([markdown([header, *lines]), legend, said], filled), {"rows": rows, "chosen": chosen, "premiums": earn}
-
-
-def users_of(part: str, result: Result) -> Result:
-    """With the ranks of D_2 .. D_T of U_A, of U_I or, one behind the other, of both."""
-    some = {"U_A": [result.ranks], "U_I": [result.absent], "U": [result.ranks, result.absent]}[part]
-    return result._replace(ranks={t: torch.cat([ranks[t] for ranks in some]) for t in result.absent})
+        f"{name} {mean:+.3f} [{low:+.3f}, {high:+.3f}]" for name, (mean, low, high) in earn.items())
+    return told([text, said, f"mean ± sd over seeds, over {span}"], filled, f"{what} "), of | {"premiums": earn}
 
 
 def draw(path: Path, values: dict) -> None:
-    """The trade-off: the gain over lambda 0 of U_A and U_I; dotted: what validation chooses."""
+    """The trade-off: the gain over lambda 0 of U_A and U_I, world beside world; dotted: what validation chooses."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise UsageError(f"--plot needs matplotlib\n{error}\npip install -e '.[plot]'") from error
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    lams = [float(name) for name in values["rows"] if name != "pretrain"]
-    names = {"U_A": "the stage's users", "U_I": "users who stay away"}
-    for part, color in (("U_A", "#d95f02"), ("U_I", "#1f77b4")):
-        rows = [row[f"{part} N@10"] for name, row in values["rows"].items() if name != "pretrain"]
-        axes.plot(lams, [of["difference"] for of in rows], "o-", color=color, label=f"{names[part]}, {part}")
-        axes.fill_between(lams, *([of[end] for of in rows] for end in ("low", "high")), color=color, alpha=0.2, lw=0)
-    axes.axhline(0, color="grey", lw=0.8)
-    axes.axvline(float(values["chosen"]), color="black", linestyle=":", label="chosen by validation")
-    axes.set_xscale("symlog", linthresh=2)
-    axes.set(xlabel="λ", ylabel="NDCG@10 less that of λ = 0", xlim=(-0.3, 1.3 * max(lams)),
-             xticks=lams, xticklabels=[f"{lam:g}" for lam in lams])
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.05, 0.02))
+    figure, panels = plt.subplots(1, len(values), figsize=(2.6 + 2.4 * len(values), 3.4), layout="constrained",
+                                  sharey=True, squeeze=False)
+    names = {"U_A": "the stage's users, U_A", "U_I": "users who stay away, U_I"}
+    for axes, (world, rows) in zip(panels[0], values.items()):
+        earn, rows = rows["premiums"], {float(name): row for name, row in rows.items() if name[0].isdigit()}
+        for part, color in (("U_A", "#d95f02"), ("U_I", "#1f77b4")):
+            of = [row[f"{part} N@10"] for row in rows.values()]
+            axes.plot([*rows], [row["difference"] for row in of], "o-", color=color, label=names[part])
+            axes.fill_between([*rows], *([row[end] for row in of] for end in ("low", "high")), color=color, alpha=0.2)
+        axes.axhline(0, color="grey", lw=0.8)
+        axes.axvline(min(rows, key=lambda lam: rows[lam]["validation CE"]), color="black", linestyle=":",
+                     label="chosen by validation")
+        axes.set_xscale("symlog", linthresh=2)
+        axes.set(xlabel="λ", xlim=(-0.3, 1.3 * max(rows)), xticks=[*rows], xticklabels=[f"{lam:g}" for lam in rows],
+                 title="\n".join([world, *(f"{what} {mean:+.3f}" for what, (mean, *_) in earn.items())]))
+        axes.title.set_fontsize(9)
+    panels[0][0].set_ylabel("NDCG@10 less that of λ = 0")
+    panels[0][-1].legend(frameon=False, loc="lower left", fontsize=8)
     figure.savefig(path, dpi=150)

@@ -4,11 +4,11 @@
     forget   the past items that a small sequential model finds least relevant to where the user is now
     update   only the located layers' adapters, by cross-entropy on the shortened histories
 
-Its code: github.com/Estadio-c/EvoRec; that of its filter, and its ratios, were not to be had: what is ours is marked.
-There the backbone chooses titles from a list in the prompt; here it generates semantic IDs as everything else. The
-consistency term of its code is switched off there, and absent here."""
+Its code: github.com/Estadio-c/EvoRec; that of its filter, "like SASRec", and its ratios, were not to be had: what is
+ours is marked. There the backbone chooses titles from a list in the prompt; here it generates semantic IDs as
+everything else. The consistency term of its code is switched off there, and absent here."""
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -22,7 +22,7 @@ from minipeso.config import Config
 from minipeso.evaluate import USERS
 from minipeso.llama import Llama
 from minipeso.lora import adapters
-from minipeso.rivals.sasrec import SASRec, fit, relevance
+from minipeso.rivals.counts import lists, recent, transitions
 from minipeso.rivals.settings import Flags
 from minipeso.stages import Stage
 from minipeso.tokens import Template
@@ -33,48 +33,37 @@ class Settings(Flags):
     evo_layers: float = 0.32  # its code: 9 of 28 layers; its paper: about 30 % are updated
     evo_forget: float = 0.2  # ours: the share of a user's past items that is forgotten
     evo_newest: int = 3  # ours: past items that are never forgotten
-    filter_epochs: int = 10  # ours: of SASRec, on each stage
     bounds: ClassVar = {"evo_layers": (0, 1), "evo_forget": (0, 1)}
 
 
 def learn(run, name: str) -> dict[str, Tensor]:
-    """D_2 .. D_T from the model of D_1 -> {stage: ranks (users,)} on the shortened histories."""
-    system = EvoRec(run.n_items, run.cfg)
+    """D_2 .. D_T from the model of D_1 -> {stage: found (users, 10)} on the shortened histories."""
     for t in run.left(name):
-        epochs = run.epochs(f"{name}-stage-{t}")
-        shown = system.learn_stage(run.model, run.stages[:t], run.template, run.log(name), epochs)
-        run.save(name, t, run.rank(t, shown))
-    return run.ranks[name]
+        run.save(name, t, run.recommend(t, learn_stage(run, name, t)))
+    return run.found[name]
 
 
-class EvoRec:
-    """What lives from stage to stage besides the adapter: the filter, fine-tuned on every D_t."""
-    def __init__(self, n_items: int, cfg: Config):
-        torch.manual_seed(cfg.seed)
-        self.filter, self.seen, self.cfg, self.s = SASRec(n_items), 0, cfg, Settings.of(cfg)
+def learn_stage(run, name: str, t: int) -> Stage:
+    """The located layers learn D_t with shortened histories -> D_t as they see it, to be ranked on."""
+    model, cfg, s, log = run.model, run.cfg, Settings.of(run.cfg), run.log(name)
+    shown = forget(run.stages[:t], run.n_items, s.evo_forget, s.evo_newest)
+    located = locate(model, run.stages[t - 1], run.template, cfg, s.evo_layers)
+    continual.choose_trainable(model, "adapter")
+    log({"stage": t, "located": located, "touched": freeze_others(model, located)})
+    if located:
+        cfg = replace(cfg, lr=cfg.lr * cfg.later_lr, proximal="none")
+        data = continual.stage_data([shown], run.template, cfg.window)
+        continual.train_stage(model, data, t, cfg, log, run.epochs(f"{name}-stage-{t}"))
+    return shown
 
-    def learn_stage(self, model: Llama, stages: Sequence[Stage], template: Template, log: Callable, epochs) -> Stage:
-        """Stage t = len(stages) >= 2 -> D_t with shortened histories, to be ranked on."""
-        t, shown = len(stages), self.forget(stages)
-        located = locate(model, stages[-1], template, self.cfg, self.s.evo_layers)
-        continual.choose_trainable(model, "adapter")
-        log({"stage": t, "located": located, "touched": freeze_others(model, located)})
-        if located:
-            cfg = replace(self.cfg, lr=self.cfg.lr * self.cfg.later_lr, proximal="none")
-            continual.train_stage(model, continual.stage_data([shown], template, cfg.window), t, cfg, log, epochs)
-        return shown
 
-    def forget(self, stages: Sequence[Stage]) -> Stage:
-        """D_t, histories less their least relevant items. The filter first learns the training items new to it."""
-        for stage in stages[self.seen:]:
-            carts = [stage.history[u] + stage.training(u) for u in stage.current]
-            fit(self.filter, carts, self.s.filter_epochs, self.cfg.seed * 1009 + stage.number)
-        self.seen, stage = len(stages), stages[-1]
-        users = [u for u, past in stage.history.items() if past]
-        scores = relevance(self.filter, [stage.history[u] + stage.training(u) for u in users])
-        shorter = {u: kept(stage.history[u], score.tolist(), self.s.evo_forget, self.s.evo_newest)
-                   for u, score in zip(users, scores, strict=True)}
-        return Stage(stage.number, stage.history | shorter, stage.current)
+def forget(stages: Sequence[Stage], n_items: int, share: float, newest: int) -> Stage:
+    """D_t, histories less their least relevant items: those (ours) that transition counts would recommend last now."""
+    C, stage = transitions(*lists(stages), n_items), stages[-1]  # (I, I)
+    users = [u for u, past in stage.history.items() if past]
+    score = C @ recent([stage.history[u] + stage.training(u) for u in users], n_items)  # (I, users)
+    shorter = {u: kept(past := stage.history[u], score[past, k].tolist(), share, newest) for k, u in enumerate(users)}
+    return Stage(stage.number, stage.history | shorter, stage.current)
 
 
 def kept(past: list[int], score: list[float], share: float, newest: int) -> list[int]:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeso.config import LARGEST
-from minipeso.metrics import hit_at
+from minipeso.metrics import hit_at, ranks_of
 from minipeso.rivals.settings import Flags
+from minipeso.stages import Example
 from minipeso.state import Progress
 
 
@@ -134,23 +135,31 @@ def inner(H: Tensor, n_users: int) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def full_ranks(scores: Callable[[Tensor], Tensor], known: Tensor, asked: Questions, n_items: int, batch=128) -> Tensor:
-    """(n,) int64: the 1-based rank of every target among all `known` items but those the user has had; 0 beyond ten,
-    and where the target is not known. Ties go to the smaller item number. scores: users (b,) -> (b, I)."""
-    hidden = torch.full((n_items,), -torch.inf)
+def full_search(scores: Callable[[Tensor], Tensor], known: Tensor, asked: Questions, n_items: int, batch=128) -> Tensor:
+    """(n, 10) int64: the best of all `known` items but those the user has had, -1 behind them. Ties go to the smaller
+    item number. scores: users (b,) -> (b, I)."""
+    hidden, later = torch.full((n_items,), -torch.inf), torch.arange(n_items) / n_items * 2**-30
     hidden[known] = 0.0
     question, item = asked.seen[:, torch.argsort(asked.seen[0])]
-    ranks = torch.zeros(len(asked.user), dtype=torch.long)
-    for start in range(0, len(ranks), batch):  # one product per batch, no loop over users
+    found = torch.full((len(asked.user), 10), -1)
+    for start in range(0, len(found), batch):  # one product per batch, no loop over users
         some = slice(start, start + batch)
-        score = scores(asked.user[some]) + hidden  # (b, I)
+        score = scores(asked.user[some]).double()  # (b, I)
+        score = score - later * (score.abs() + 1e-30) + hidden  # less than any difference of two float32
         low, high = torch.searchsorted(question, torch.tensor([start, start + batch]))
         score[question[low:high] - start, item[low:high]] = -torch.inf
-        target = asked.target[some, None]  # (b, 1)
-        own = score.gather(1, target)
-        ahead = (score > own).sum(1) + ((score == own) & (torch.arange(n_items) < target)).sum(1)
-        ranks[some] = torch.where((ahead < 10) & (own[:, 0] > -torch.inf), ahead + 1, 0)
-    return ranks
+        best, place = score.topk(min(10, n_items))
+        found[some, :best.shape[1]] = place.masked_fill(best == -torch.inf, -1)
+    return found
+
+
+def recommended(run, t: int, scores: Callable[[list[Example]], Tensor]) -> Tensor:
+    """(n, 10) items for the questions of stage t, each of a user of its own, by scores: some of them (b,) -> (b, I)."""
+    asked, own = run.questions(t)
+    target = torch.tensor([e.target for e in asked], dtype=torch.long)
+    who = Questions(torch.arange(len(asked)), target, pairs(enumerate(own)))
+    known = torch.tensor(run.known[t - 1])
+    return full_search(lambda rows: scores([asked[i] for i in rows]), known, who, run.n_items)
 
 
 class Free:
@@ -195,6 +204,7 @@ def fit(E: Tensor, lesson: Lesson, s: Settings, draw: torch.Generator, regularis
             raise FloatingPointError(f"two-tower loss: not finite\n{loss.item()} in epoch {epoch}\nlower --tower-lr")
         if epoch % 2 == 0 or epoch == s.tower_epochs:
             H = propagate(E.detach(), A, s.tower_layers)
-            progress.keep_best(-hit_at(full_ranks(inner(H, n_users), known, check, len(E) - n_users), 10))
+            found = full_search(inner(H, n_users), known, check, len(E) - n_users)
+            progress.keep_best(-hit_at(ranks_of(found, check.target), 10))
     progress.take_best()
     return E.detach()

@@ -2,7 +2,7 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from minipeso.config import Config, check_numbers
+from minipeso.config import Config, check
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,5 @@ class Flags:
     @classmethod
     def of(cls, cfg: Config):
         """The run's flags that are fields here, defaults for the rest; UsageError for one out of its bounds."""
-        settings = cls(**{field.name: cfg.rivals[field.name] for field in fields(cls) if field.name in cfg.rivals})
-        check_numbers(settings, cls.bounds)
-        return settings
+        own = {field.name: cfg.rivals[field.name] for field in fields(cls) if field.name in cfg.rivals}
+        return check(cls(**own), cls.bounds)

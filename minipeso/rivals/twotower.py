@@ -7,24 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minipeso.config import Config
-from minipeso.rivals.lightgcn import Free, Lesson, Links, Questions, Settings, fit, full_ranks, inner, pairs, propagate
+from minipeso.rivals.lightgcn import (Free, Lesson, Links, Questions, Settings, fit, inner, pairs, propagate,
+                                      recommended)
 from minipeso.rivals.pisa import PISA, PIW, Contrastive
 from minipeso.stages import Stage
 
 
 def learn(run, name: str) -> dict[str, Tensor]:
-    """Method `lightgcn-...` on the run's stages -> {stage: ranks (users,)}. The model of D_1 is learnt once for all."""
-    towers = TwoTowers(run.stages, run.known, run.n_items, run.cfg)
+    """Method `lightgcn-...` on the run's stages -> {stage: found}. The model of D_1 is learnt once for all."""
+    towers = TwoTowers(run)
     return towers.learn(name, run.once("towers-first", towers.first))
 
 
 class TwoTowers:
     """The two-tower methods on one data set and seed. User u is node self.node[u], item i is node n_users + i."""
-    def __init__(self, stages: Sequence[Stage], known: list[list[int]], n_items: int, cfg: Config):
-        self.stages, self.known, self.n_items = stages, [torch.tensor(items) for items in known], n_items
-        self.seed, self.s, self.excluded = cfg.seed, Settings.of(cfg), cfg.seen == "exclude"
-        users = sorted(set().union(*(stage.current for stage in stages)))
+    def __init__(self, run):
+        self.run, self.stages, self.n_items = run, run.stages, run.n_items
+        self.seed, self.s, self.excluded = run.cfg.seed, Settings.of(run.cfg), run.cfg.seen == "exclude"
+        users = sorted(set().union(*(stage.current for stage in self.stages)))
         self.node, self.n_users = {user: node for node, user in enumerate(users)}, len(users)
 
     def first(self) -> dict[str, Tensor]:
@@ -34,16 +34,17 @@ class TwoTowers:
         return {"E": fit(E, self.lesson(1), self.s, draw), "generator": draw.get_state()}
 
     def learn(self, method: str, first: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Through all stages from the model of D_1 -> {stage: ranks (users,)}."""
-        E, lesson, draw, ranks = first["E"], self.lesson(1), torch.Generator(), {}
+        """Through all stages from the model of D_1 -> {stage: items (users, 10)}."""
+        E, lesson, draw, found = first["E"], self.lesson(1), torch.Generator(), {}
         draw.set_state(first["generator"])
         for t, stage in enumerate(self.stages, start=1):
             if t > 1 and method != "lightgcn-pretrain" and any(map(stage.training, stage.current)):
                 lesson = self.lesson(t)
                 E = fit(E, lesson, self.s, draw, self.regulariser(method, E, lesson, t, draw))
             scores = inner(propagate(E, lesson.links.A, self.s.tower_layers), self.n_users)
-            ranks[str(t)] = full_ranks(scores, self.known[t - 1], self.ask(stage, 1), self.n_items)
-        return ranks
+            nodes = lambda asked: torch.tensor([self.node[e.user] for e in asked], dtype=torch.long)  # noqa: E731
+            found[str(t)] = recommended(self.run, t, lambda asked: scores(nodes(asked)))  # noqa: B023
+        return found
 
     def lesson(self, t: int) -> Lesson:
         """D_t's training pairs, and the graph of them alone."""
@@ -52,17 +53,17 @@ class TwoTowers:
         whose, items = pairs((self.node[u], stage.history[u] + stage.training(u)) for u in stage.current)
         had = torch.unique(whose * self.n_items + items)
         links = Links(user, item, self.n_users, self.n_items)
-        return Lesson(user, item, links, self.known[t - 1], had, self.ask(stage, 2))
+        return Lesson(user, item, links, torch.tensor(self.run.known[t - 1]), had, self.ask(stage))
 
     def training_pairs(self, stages: Sequence[Stage]) -> Tensor:
         """(2, m): every (user, item) of these stages but the validation and test items."""
         return pairs((self.node[u], stage.training(u)) for stage in stages for u in stage.current)
 
-    def ask(self, stage: Stage, last: int) -> Questions:
-        """The item `last` places from the end of each user's stage (1: test, 2: validation), and what it had before."""
-        users = [u for u, taken in stage.current.items() if len(taken) >= last]
-        user, target = pairs((self.node[u], stage.current[u][-last:][:1]) for u in users)
-        before = [stage.history[u] + stage.current[u][:-last] if self.excluded else [] for u in users]
+    def ask(self, stage: Stage) -> Questions:
+        """Each user's validation item, the last but one of its stage, and what it had before."""
+        users = [u for u, taken in stage.current.items() if len(taken) >= 2]
+        user, target = pairs((self.node[u], stage.current[u][-2:-1]) for u in users)
+        before = [stage.history[u] + stage.current[u][:-2] if self.excluded else [] for u in users]
         return Questions(user, target, pairs(enumerate(before)))
 
     def regulariser(self, method: str, E: Tensor, lesson: Lesson, t: int, draw: torch.Generator) -> Free:

@@ -5,8 +5,7 @@
 
 A file or folder is called .NAME.part-PID until it is complete, then renamed. A signal waits until the epoch is finished
 and saved; a kill costs at most one epoch (or 2 % of the time, where epochs are shorter than saving them).
-PHASE: item-vectors, semantic-ids, base, LoRA-stage-1 (D_1), METHOD-stage-T. Of several processes the first one writes.
-"""
+PHASE: item-vectors, semantic-ids, base, LoRA-stage-1 (D_1), METHOD-stage-T. Of several processes the first writes."""
 import fcntl
 import hashlib
 import json
@@ -14,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,7 +84,8 @@ def read(folder: Path) -> dict[str, bytes]:
     except (OSError, ValueError, TypeError) as error:
         wrong = [f"{type(error).__name__}: {error}"]
     if wrong:
-        raise CheckpointError(f"{folder} is not an intact checkpoint\n{wrong[0]}\ndelete it and run again")
+        raise CheckpointError(f"{folder} is not an intact checkpoint\n{wrong[0]}\n"
+                              "delete it and run again with --resume")
     return files
 
 
@@ -211,7 +210,7 @@ class Checkpoints:
     def finish(self, phase: str, tensors: dict[str, Tensor], facts: dict) -> None:
         """The phase is done: its result takes the place of its epochs."""
         self.write(phase, phase, tensors, facts)
-        for old in self.numbered(f"{phase}.epoch-"):
+        for old in [*self.numbered(f"{phase}.epoch-"), *self.folder.glob(f"{phase}@*")]:  # @: a lambda that was tried
             remove(old)
 
     def finished(self, phase: str) -> tuple[dict[str, Tensor], dict] | None:
@@ -240,21 +239,6 @@ class Checkpoints:
         self.log_of(phase).replay(facts["log"], facts["seconds"])
         return tensors, facts
 
-    def check(self) -> None:
-        """Reads every checkpoint; a broken one is told and removed: the one before counts. CheckpointError if all."""
-        places, broken = sorted(p for p in self.folder.glob("*") if p.is_dir()), {}
-        for place in places:
-            try:
-                load_checkpoint(place)
-            except CheckpointError as error:
-                broken[place] = " ".join(str(error).splitlines()[:2])
-        if broken and len(broken) == len(places):
-            raise CheckpointError(f"no checkpoint in {self.folder} is intact\n{'; '.join(broken.values())}\n"
-                                  "start anew, without --resume")
-        for place, reason in broken.items():
-            print(f"warning: {reason}; it is removed, and what it held is computed again", file=sys.stderr)
-            remove(place)
-
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, facts) of an intact checkpoint; safetensors alone would not notice a flipped bit."""
@@ -263,4 +247,4 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
         return load(files["state.safetensors"]), json.loads(files["facts.json"])
     except (KeyError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is not a checkpoint of minipeso\n{type(error).__name__}: {error}\n"
-                              "delete it and run again") from error
+                              "delete it and run again with --resume") from error

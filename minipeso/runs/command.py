@@ -5,7 +5,7 @@ import difflib
 import inspect
 import re
 
-from minipeso.config import Config, UsageError, flag, resolve
+from minipeso.config import GRID, Config, UsageError, flag, resolve
 from minipeso.methods import SETTINGS
 
 
@@ -13,7 +13,13 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-READERS = {int: int, float: float, str: str, tuple: numbers}  # of a default's type
+def number(text: str) -> float | tuple[float, ...]:
+    """A number; or several, of which validation is to choose (--lambda alone)."""
+    values = GRID if text == "auto" else tuple(dict.fromkeys(map(float, text.split(","))))
+    return values if len(values) > 1 else values[0]
+
+
+READERS = {int: int, float: number, str: str, tuple: numbers}  # of a default's type
 
 
 def from_args(argv: list[str] | None = None, description: str = "") -> Config:

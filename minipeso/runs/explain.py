@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 import torch
 
 from minipeso.config import Config, category_of
-from minipeso.evaluate import Ranker
 from minipeso.files.download import REVIEWS, cached, reviews_files
 from minipeso.files.hub import REPOSITORY, folder_at_hand, read_config
 from minipeso.files.reviews import dataset_schema
@@ -16,9 +15,9 @@ from minipeso.lora import adapter_parameters, inject
 from minipeso.objective import answer_loss
 from minipeso.runs import report, setup
 from minipeso.runs.facts import HUB_BYTES, MODELS, TABLE_4
-from minipeso.semantic_ids import SemanticIDs
+from minipeso.runs.run import Run
 from minipeso.stages import examples, had, statistics
-from minipeso.tokens import Template, collate, sequences
+from minipeso.tokens import collate, sequences
 
 
 def dry_run(cfg: Config) -> None:
@@ -36,7 +35,9 @@ def dry_run(cfg: Config) -> None:
         print(f"steps of {cfg.batch} pairs: {', '.join(steps)} for each of {', '.join(cfg.methods)} (D1 once for all)")
     size = setup.dtype_of(cfg).itemsize
     state = total * size + trained * 16 + lora * 4  # weights; value, gradient, two moments; anchor
-    print(f"memory before activations: {state / 1e9:.2f} GB ({size}-byte weights, 16 bytes per trained parameter)\n"
+    here = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0
+    print(f"memory before activations: {state / 1e9:.2f} GB ({size}-byte weights, 16 bytes per trained parameter); "
+          f"{f'the GPU here has {here:.0f} GB' if here else 'no GPU here that torch can use'}\n"
           f"results would go to {cfg.out}/results.json")
 
 
@@ -86,12 +87,13 @@ def _meta_model(cfg: Config) -> Llama:
 
 
 @torch.no_grad()
-def explain(model: Llama, data: setup.Dataset, ids: SemanticIDs, template: Template, cfg: Config) -> None:
+def explain(run: Run) -> None:
     """One test user of the last stage that has any, preferably one whose item is recommended, through every step."""
+    model, data, ids, template, cfg = run.model, run.data, run.ids, run.template, run.cfg
     def text(item: int) -> str:
         return "{id} {title:.70}".format(**data.described(ids, item))
-    stage, known = next(pair for pair in zip(data.stages[::-1], data.known[::-1]) if pair[0].current)
-    test, ranker = examples(stage, "test", cfg.window)[:200], Ranker(ids, known, template, cfg.beams, cfg.hit)
+    stage = next(stage for stage in data.stages[::-1] if stage.current)
+    test, ranker = examples(stage, "test", cfg.window)[:200], run.ranker(stage.number)
     owned = had(data.stages)
     own = [owned[e.user] for e in test] if cfg.seen == "exclude" else []
     ranks = ranker.ranks(model, test, own)  # (users,)

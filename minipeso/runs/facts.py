@@ -1,4 +1,4 @@
-"""What the Hub holds and the paper counts, for --dry-run and the doctor, which download nothing."""
+"""What the Hub holds and the paper counts, for --dry-run, which downloads nothing."""
 LLAMA_1B = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
                 num_attention_heads=32, num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5, tie_word_embeddings=True,
                 rope_theta=500000.0, rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0,

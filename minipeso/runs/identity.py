@@ -32,9 +32,10 @@ def void(out: Path, cfg: Config) -> None:
     """What an older run left in `out`, and what its methods left, counts no more."""
     for old in ("checkpoints", "adapters", *(f"{name}/adapters" for name in cfg.methods)):
         remove(out / old)
-    for old in (out / "results.json", out / "config.json", *out.glob("*/results.json")):
+    for old in (path for name in ("results.json", "expected.json") for path in (out / name, *out.glob(f"*/{name}"))):
         if old.parent == out or not (old.parent / "config.json").is_file():  # else: a run of its own, not a method's
             old.unlink(missing_ok=True)
+    (out / "config.json").unlink(missing_ok=True)
 
 
 def begin(out: Path, cfg: Config, hashes: dict[str, str]) -> None:

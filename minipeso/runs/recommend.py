@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from tqdm import tqdm
 
 from minipeso.config import UsageError
-from minipeso.evaluate import Ranker
 from minipeso.runs.run import Run
 
 
@@ -20,7 +19,7 @@ def histories(run: Run) -> dict[str, list[int]]:
 def top_items(run: Run, some: Sequence[list[int]], top: int = 10) -> list[list[tuple[int, float]]]:
     """The `top` (item, score) per history, best first. Items that share an ID share its score, lower numbers first."""
     cfg, best = run.cfg, [[] for _ in some]
-    ranker = Ranker(run.ids, run.known, run.template, max(top, cfg.beams))
+    ranker = run.ranker(run.stage, beams=top)
     own = [set(items) if cfg.seen == "exclude" else set() for items in some]
     found = ranker.search(run.model, [items[-cfg.window:] for items in some], own)
     for i, codes, scores in tqdm(found, "recommend", len(some), leave=False, unit="user", delay=1):

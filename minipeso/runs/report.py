@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minipeso.config import Config
-from minipeso.metrics import METRICS, average, bootstrap_interval, gains, hits, summary
+from minipeso.config import Config, UsageError
+from minipeso.metrics import METRICS, average, bootstrap_interval, gains, hits, known, summary
 from minipeso.runs import identity
 from minipeso.runs.checkpoints import write_file
 from minipeso.stages import Stage
 
-PICKS = {"valid_ce": min, "prox_ce_ratio": statistics.median, "moved": max, "anchor": max, "touched": max}
+PICKS = {"valid_ce": min, "prox_ce_ratio": statistics.median, **dict.fromkeys(("moved", "touched", "memory"), max)}
 PREMIUMS = {"adapting": "transitions-first", "remembering": "transitions-last"}  # against what `transitions` gains
 Ranks = dict[str, Tensor]  # {stage: (users,)}
+REMEDY = "delete results.json and run train.py again with --resume"
 
 
 def spans(stages: list[str]) -> dict[str, list[str]]:
@@ -90,7 +91,9 @@ def write_json(path: Path, value) -> None:
 def what_training_said(log: str) -> dict[str, dict]:
     """{stage: {name: the best validation loss, the median prox/ce ratio, ...}} of PICKS from lines of metrics.jsonl."""
     said = defaultdict(lambda: {name: [] for name in PICKS})
-    for line in map(json.loads, log.splitlines()):
+    lines = [*map(json.loads, log.splitlines())]
+    chosen = {line["stage"]: line["lambda"] for line in lines if "tried" in line}  # by --lambda auto
+    for line in [line for line in lines if line.get("lambda", of := chosen.get(line["stage"])) == of]:
         for name in PICKS.keys() & line.keys():
             said[str(line["stage"])][name].append(line[name])
     return {t: {name: PICKS[name](some) if some else None for name, some in row.items()} for t, row in said.items()}
@@ -102,42 +105,41 @@ def peak_memory() -> int:
 
 
 def load(folder: Path) -> tuple[dict, Ranks]:
-    """(results, ranks) of a run folder; FileNotFoundError says what a run folder is. No number is shown that the ranks
-    do not give: stages and averages are computed from them, and ValueError tells where results.json has others."""
-    paths = folder / "results.json", folder / "ranks.json"
-    remedy = "delete results.json and run train.py again with --resume"
-    for path in paths:
+    """(results, ranks) of a run folder. Stages and averages are computed from the ranks, which give all shown."""
+    for path in (folder / "results.json", folder / "ranks.json"):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a finished run\nit has no {path.name}\n"
                                     "give the --out folder of a train.py run that ended")
-    whole, lists = (identity.read_json(path, remedy) for path in paths)
+    whole, ranks = identity.read_json(folder / "results.json", REMEDY), read_lists(folder / "ranks.json")
+    if lacks := {"config", "references", "premiums", "training", "seconds"} - whole.keys():
+        raise UsageError(f"{folder / 'results.json'} is not whole\nit lacks {', '.join(sorted(lacks))}\n{REMEDY}")
+    return whole | results(ranks), ranks
+
+
+def read_lists(path: Path) -> Ranks:
+    """{stage: tensor} of a file; UsageError if it holds anything else."""
+    lists = identity.read_json(path, REMEDY)
     try:
-        ranks = {t: torch.tensor(r, dtype=torch.long) for t, r in lists.items()}
-        computed = results(ranks)
-        wrong = [part for part, value in computed.items() if rounded(whole[part]) != rounded(value)]
-        wrong += ["references"] * any(whole["references"][t].keys() != {"random", "cold"} for t in ranks)
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        wrong = [repr(error)]
-    if wrong:
-        raise ValueError(f"{paths[0]} is not what ranks.json beside it gives\nwrong: {wrong[0]}\n{remedy}")
-    return whole | computed, ranks
+        return {t: torch.tensor(rows) for t, rows in lists.items()}
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path} does not hold numbers per stage\n{error}\n{REMEDY}") from error
 
 
 def side_by_side(folders: dict[str, Path]) -> tuple[dict[str, dict], dict[str, Ranks], dict[str, Ranks]]:
-    """What `tables` shows of the runs in these folders, by their names."""
+    """What `tables` shows of the runs in these folders, by their names: results, and `per_user` of U_A and of U_I."""
     results, ranks = zip(*map(load, folders.values()))
-    return dict(zip(folders, results)), dict(zip(folders, ranks)), {n: absent(folder) for n, folder in folders.items()}
+    own, away = zip(*map(per_user, folders.values(), ranks))
+    return dict(zip(folders, results)), dict(zip(folders, own)), dict(zip(folders, away))
 
 
-def absent(folder: Path) -> Ranks:
-    """{stage: ranks (users,)} of the users of earlier stages who are not in the stage, U_I; {} of a two-tower model."""
-    lists = identity.read_json(folder / "absent.json", "delete results.json and run train.py again with --resume")
-    return {t: torch.tensor(r, dtype=torch.long) for t, r in lists.items() if r}
-
-
-def rounded(value) -> dict:
-    """What JSON keeps of it, to seven digits: sums may end in other digits on another machine."""
-    return json.loads(json.dumps(value), parse_float=lambda number: round(float(number), 7))
+def per_user(folder: Path, ranks: Ranks) -> tuple[Ranks, Ranks]:
+    """What the metrics take, of the stages' users, U_A, and of users of earlier stages who are not in them, U_I:
+    p (users, 10) where the truth is known, else ranks (users,)."""
+    absent = {t: r for t, r in read_lists(folder / "absent.json").items() if len(r)}
+    if not (folder / "expected.json").is_file():
+        return ranks, absent
+    p = read_lists(folder / "expected.json")
+    return {t: p[t][:len(r)] for t, r in ranks.items()}, {t: p[t][len(ranks[t]):] for t in absent}
 
 
 def tables(runs: dict[str, dict], ranks: dict[str, Ranks], absents: dict[str, Ranks]) -> str:
@@ -194,7 +196,9 @@ def differences(ranks: dict[str, Ranks], absents: dict[str, Ranks], to: str) -> 
     """Who gains: means over the later stages of the stage's own users, U_A, and of those who stay away, U_I, and what
     they are less those of method `to`, with a 95 % interval over the users of this seed: bold if it does not hold 0."""
     kinds = ("U_A Hit@10", ranks, hits), ("U_A NDCG@10", ranks, gains), ("U_I NDCG@10", absents, gains)
-    table = [["D2 and later", *(title for kind, *_ in kinds for title in (kind, f"- {to} [95 %]"))]]
+    sure = any(known(r) for some in ranks.values() for r in some.values())
+    table = [["expected, D2 and later" if sure else "D2 and later",
+              *(title for kind, *_ in kinds for title in (kind, f"- {to} [95 %]"))]]
     for name in ranks:
         pairs = [[(metric(some[name][t], 10)[None], metric(some[to][t], 10)[None])  # (1, users) each
                   for t in sorted(some[name].keys() & some[to].keys() - {"1"}) if len(some[to][t])]
@@ -202,8 +206,9 @@ def differences(ranks: dict[str, Ranks], absents: dict[str, Ranks], to: str) -> 
         table.append([name, *(cell for strata in pairs for cell in (
             f"{statistics.fmean(a.mean().item() for a, _ in strata):.4f}" if strata else "-",
             "-" if not strata else interval(gained([a - b for a, b in strata])) if name != to else ""))])
-    return markdown(table) + ("\n\nU_A: the stage's users; U_I: those of earlier stages who are not in it; **bold**: "
-                              "beyond the noise between the users of this seed, which says nothing of other seeds")
+    said = "expected: over all that the world may let a user take next, not the one item drawn; " * sure
+    return markdown(table) + (f"\n\n{said}U_A: the stage's users; U_I: those of earlier stages who are not in it; "
+                              "**bold**: beyond the noise between this seed's users, which says nothing of other seeds")
 
 
 def _number(value: float | None) -> str:

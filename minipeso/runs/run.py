@@ -1,13 +1,14 @@
 """One run, as train.py tells it: what it stands on, which phases are finished, and what it leaves in its folder.
 
     RUN/          config.json  stats.md  metrics.jsonl  semantic_ids.json  adapters/stage-<t>/  checkpoints/
-                  results.json  ranks.json
+                  results.json  ranks.json  absent.json  expected.json
     RUN/METHOD/   adapters and results of a method that --method's is compared with"""
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,17 +21,17 @@ from minipeso.continual import stage_data, train_stage
 from minipeso.evaluate import Ranker
 from minipeso.files.hub import checkpoint_folder, checkpoint_hash
 from minipeso.files.peft import save_peft
-from minipeso.lora import LoRALinear
-from minipeso.methods import METHODS
+from minipeso.metrics import ranks_of
+from minipeso.methods import ADAPTERS, MEMORY, METHODS
 from minipeso.runs import identity, report, setup
 from minipeso.runs.checkpoints import KEPT, CheckpointError, Checkpoints, Stop, locked, remove, sweep, whole, write_file
 from minipeso.runs.log import Log, bar
 from minipeso.semantic_ids import SemanticIDs
 from minipeso.snapshot import Snapshot, restore, snapshot
-from minipeso.stages import Example, Stage, had, questions, statistics
+from minipeso.stages import Example, Stage, examples, had, questions, statistics
 from minipeso.state import Progress
+from minipeso.synthetic import oracle
 
-ADAPTERS = {kind.__name__: kind for kind in (LoRALinear, *(method.adapter for method in METHODS.values()))}
 FIRST = "LoRA"  # who learns D_1, once for all methods
 
 
@@ -42,13 +43,13 @@ def begun(cfg: Config) -> "Iterator[Run]":
 
 
 class Run:
-    """cfg, stages, known items, ids, template, model; ranks = {method: {stage: (users,)}}, the absent users' last."""
+    """cfg, stages, known items, ids, template, model; found = {method: {stage: items (users, 10)}}, the absent last."""
     def __init__(self, cfg: Config, writes: bool = True):
         self.cfg, self.out, self.writes = cfg, Path(cfg.out), writes
         self.goes_on = cfg.resume and (self.out / "config.json").is_file()
         self.told: list[str] = []
         self.logs: dict[str, Log] = {}
-        self.ranks: dict[str, dict[str, Tensor]] = {}
+        self.found: dict[str, dict[str, Tensor]] = {}
         self.seconds: dict[str, float] = {}
         self.checkpoints = Checkpoints(self.out / "checkpoints", identity.digest(cfg), self.log)
         self.epochs = self.checkpoints.epochs
@@ -75,8 +76,9 @@ class Run:
         self.stages, self.known, self.n_items = self.data.stages, self.data.known, len(self.data.keys)
         self.tell(report.statistics_table(statistics(self.stages)), "\n".join(self.data.notes))
         if self.writes:  # what there is to gain, before anything is learnt
-            self.ranks = {name: METHODS[name].learn(self, name) for name in ("transitions", *report.PREMIUMS.values())}
-            self.premiums = report.premiums(self.ranks, {str(s.number): len(s.users) for s in self.stages})
+            self.found = {name: METHODS[name].learn(self, name) for name in ("transitions", *report.PREMIUMS.values())}
+            ranks = {name: self.ranks(found) for name, found in self.found.items()}
+            self.premiums = report.premiums(ranks, {str(s.number): len(s.users) for s in self.stages})
             self.tell(report.premium_lines(self.premiums))
 
     def clear_folder(self, hashes: dict[str, str]) -> None:
@@ -85,7 +87,6 @@ class Run:
             identity.void(self.out, self.cfg)
             identity.begin(self.out, self.cfg, hashes)
         sweep(self.out)
-        self.checkpoints.check()
         write_file(self.out / "metrics.jsonl", "")
 
     def load_base(self) -> None:
@@ -150,28 +151,30 @@ class Run:
         return finished[0]
 
     def done(self, name: str, t: int) -> bool:
-        """Whether an earlier start finished D_t; then its model and ranks are put back."""
+        """Whether an earlier start finished D_t; then its model and what it recommended are put back."""
         tensors, facts = self.checkpoints.finished(f"{name}-stage-{t}") or (None, None)
         if facts:
             restore(self.model, Snapshot(tensors, facts["tied"], ADAPTERS[facts["adapter"]]))
-            self.ranks[name] = {t: torch.tensor(r, dtype=torch.long) for t, r in facts["ranks"].items()}
+            self.found[name] = {t: torch.tensor(f).long().reshape(-1, 10) for t, f in facts["found"].items()}
         return bool(facts)
 
     def left(self, name: str) -> Iterator[int]:
         """The stages t = 2 .. T that method `name` has still to learn, from the model of the last finished one."""
         restore(self.model, self.first)
-        self.ranks[name] = dict(self.ranks[FIRST])
+        self.found[name] = dict(self.found[FIRST])
         last = next((t for t in range(len(self.stages), 1, -1) if self.done(name, t)), 1)
         yield from range(last + 1, len(self.stages) + 1)
 
-    def save(self, name: str, t: int, ranks: Tensor) -> None:
-        """Keeps the model after D_t, the ranks until then, and the adapter for others to load."""
-        self.ranks.setdefault(name, {})[str(t)] = ranks
+    def save(self, name: str, t: int, found: Tensor) -> None:
+        """Keeps the model after D_t, what was recommended until then, and the adapter for others to load."""
+        self.found.setdefault(name, {})[str(t)] = found
+        if self.cfg.memory:
+            self.log(name)({"stage": t, "memory": self.weight})
         with whole(self.folder(name) / "adapters" / f"stage-{t}") as folder:
             save_peft(self.model, folder, self.cfg.base, self.whole_tables(t))
         tensors, tied, adapter = snapshot(self.model, self.whole_tables(2))
         self.checkpoints.finish(f"{name}-stage-{t}", tensors, {
-            "tied": tied, "adapter": adapter.__name__, "ranks": {s: r.tolist() for s, r in self.ranks[name].items()}})
+            "tied": tied, "adapter": adapter.__name__, "found": {s: f.tolist() for s, f in self.found[name].items()}})
         for old in self.checkpoints.numbered(f"{name}-stage-")[:-KEPT]:
             remove(old)
 
@@ -187,12 +190,41 @@ class Run:
         own = had(self.stages[:t])
         return asked, [own[e.user] for e in asked] if self.cfg.seen == "exclude" else []
 
-    def rank(self, t: int, shown: Stage | None = None) -> Tensor:
-        """The rank of every test item of D_t, 0 if the model does not recommend it; behind them the absent users'."""
+    def recommend(self, t: int, shown: Stage | None = None) -> Tensor:
+        """(n, 10) items, the model's best for every question of D_t."""
         test, own = self.questions(t, shown)
-        ranker = Ranker(self.ids, self.known[t - 1], self.template, self.cfg.beams, self.cfg.hit)
         with self.timed("test"), bar(f"test D{t}", len(test), "user") as advance:
-            return ranker.ranks(self.model, test, own, progress=advance.update)
+            return self.ranker(t, shown).found(self.model, test, own, progress=advance.update)[:, :10]
+
+    def ranks(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{stage: (users,)}: where the item that each took stands among those found, 0 if it is not there."""
+        targets = {t: torch.tensor([e.target for e in self.questions(int(t))[0]], dtype=torch.long) for t in found}
+        return {t: ranks_of(items, targets[t]) for t, items in found.items()}
+
+    @cached_property
+    def truth(self) -> dict[Example, Tensor]:
+        """{test question: p (I,), how likely each item is}: of the demo, whose world is known; {} of other data."""
+        cfg, demo = self.cfg, self.cfg.dataset == "demo"
+        asked = [e for stage in self.stages for e in self.questions(stage.number)[0]] if demo else []
+        events = [(self.data.users[e.user], self.data.keys[e.target]) for e in asked]
+        world = cfg.world_users, cfg.world_items, cfg.world_alpha, cfg.data_seed
+        return dict(zip(asked, oracle(*world, events, self.data.keys))) if demo else {}
+
+    def expected(self, t: int, found: Tensor) -> Tensor:
+        """p (n, 10): how likely each item found for D_t's questions is, where the truth is known."""
+        asked = self.questions(t)[0]
+        return torch.stack([self.truth[e][items] * (items >= 0) for e, items in zip(asked, found, strict=True)])
+
+    def ranker(self, t: int, shown: Stage | None = None, beams: int = 0) -> Ranker:
+        """The search for D_t's known items; with --memory, as much of it as D_t's validation questions want."""
+        cfg, stage, known = self.cfg, self.stages[t - 1], self.data.known[t - 1]
+        ranker = Ranker(self.ids, known, self.template, max(beams, cfg.beams), cfg.hit)
+        if cfg.memory:
+            asked = examples(shown or stage, "valid", cfg.window)
+            own = [{*stage.history[e.user], *stage.training(e.user)} for e in asked] if cfg.seen == "exclude" else []
+            counted = MEMORY(self.stages[:t], known, self.n_items, ranker.trie)
+            self.weight = ranker.weigh(self.model, counted, asked, own)
+        return ranker
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -221,8 +253,13 @@ class Run:
         log = self.log(name)
         more = {"references": report.references(self.stages, self.known), "premiums": self.premiums,
                 "seconds": self.seconds | {name: log.seconds}}
+        found, folder = self.found[name], self.folder(name)
         with parallel.first_goes_ahead():  # the others' tables read what it wrote
-            report.write(self.folder(name), self.cfg.of(name), self.stages, self.ranks[name], log.text, more)
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.truth:  # before results.json, which says that all is there
+                p = {t: self.expected(int(t), items).tolist() for t, items in found.items()}
+                report.write_json(folder / "expected.json", p)
+            report.write(folder, self.cfg.of(name), self.stages, self.ranks(found), log.text, more)
 
     def finished_before(self) -> bool:
         """Whether, with --resume, nothing is left to compute; --explain needs the model again."""

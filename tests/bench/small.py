@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from minipeso.rivals.lightgcn import Lesson, Links, Questions, Settings, fit, full_ranks, inner
+from minipeso.rivals.lightgcn import Lesson, Links, Questions, Settings, fit, full_search, inner
 from minipeso.rqvae import RELEASE_HIDDEN, RQVAE, collisions, train
 from tests.bench import race
 from tests.reference import full_matrix_sinkhorn
@@ -119,7 +119,7 @@ def graph_work(users: int, items: int, edges: int) -> tuple[dict[str, Callable],
             for _ in range(2 * TOWER.tower_layers):
                 links.A @ E
             optimiser.step()
-    ranking = partial(full_ranks, inner(E, users), known, questions, items)
+    ranking = partial(full_search, inner(E, users), known, questions, items)
     return {"ours": epoch, "sparse products and Adam": bound}, ranking
 
 
