@@ -135,7 +135,7 @@ def inner(H: Tensor, n_users: int) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def full_search(scores: Callable[[Tensor], Tensor], known: Tensor, asked: Questions, n_items: int, batch=128) -> Tensor:
+def full_search(scores: Callable[[Tensor], Tensor], known: Tensor, asked: Questions, n_items: int, batch=32) -> Tensor:
     """(n, 10) int64: the best of all `known` items but those the user has had, -1 behind them. Ties go to the smaller
     item number. scores: users (b,) -> (b, I)."""
     hidden, later = torch.full((n_items,), -torch.inf), torch.arange(n_items) / n_items * 2**-30
@@ -145,7 +145,7 @@ def full_search(scores: Callable[[Tensor], Tensor], known: Tensor, asked: Questi
     for start in range(0, len(found), batch):  # one product per batch, no loop over users
         some = slice(start, start + batch)
         score = scores(asked.user[some]).double()  # (b, I)
-        score = score - later * (score.abs() + 1e-30) + hidden  # less than any difference of two float32
+        score.sub_(score.abs().add_(1e-30).mul_(later)).add_(hidden)  # less than any difference of two float32
         low, high = torch.searchsorted(question, torch.tensor([start, start + batch]))
         score[question[low:high] - start, item[low:high]] = -torch.inf
         best, place = score.topk(min(10, n_items))
