@@ -209,14 +209,15 @@ def test_who_gains_and_at_what_cost_by_hand():
     seeds and stages, movement is a share of the reference's; the star is where validation's loss is lowest."""
     def results(rank: int, loss: float, moved: float) -> list[Result]:
         training = {t: SAID | {"valid_ce": loss, "prox_ce_ratio": 0.03, "moved": moved, "touched": 0.25} for t in "23"}
-        of = result([1], [0, rank], [0, 0], training=training, seconds=8.0, absent={
-            t: torch.tensor([[rank / 2, 0, 0.25] + [0.0] * 7]) for t in "23"})
-        return [of]
-    costs = ["validation CE", "pull", "movement", "touched", "seconds per stage"]
-    text, values = scores.mean_table({"0": results(0, 2.0, 4.0), "5": results(1, 1.0, 1.0)}, "0", "lambda", costs=costs)
+        absent = {t: torch.tensor([[rank / 2, 0, 0.25] + [0.0] * 7]) for t in "23"}
+        return [result([1], [0, rank], [0, 0], training=training, seconds=8.0, absent=absent)]
+    costs, two = [*scores.COSTS], {"0": results(0, 2.0, 4.0), "5": results(1, 1.0, 1.0)}
+    text, values = scores.mean_table(two, "0", "lambda", costs=costs)
     row = values["5"]
     assert row["U_A H@10"]["difference"] == 0.25 and row["U_I N@10"]["difference"] == 0.5
     assert row["U_I N@10"]["mean"] == pytest.approx(0.5 + 0.25 / 2), "p_1 / log2(2) + p_3 / log2(4)"
+    both = scores.summary([result([1], [1, 0], [0, 0])], [result([1], [0, 0], [0, 0])], "U N@10", ["2", "3"])
+    assert [both["mean"], both["difference"]] == pytest.approx([(2 / 3 + 1 / 3) / 2, 1 / 6])
     assert [row[cost] for cost in costs] == [[1.0], [0.03], [0.25], [0.25], [4.0]]
     assert " 1.0000 * |" in text and "3.00%" in text and "adapting +0.100 [+0.000, +0.200]" in text
 

@@ -82,8 +82,9 @@ EXPERIMENTS = {  # (cfg, done) -> (markdown, values); done(cells or {row: cell})
     "figure4": lambda cfg, done: scores.mean_table(done({"pretrain": "pretrain"} | {
         f"{x}": f"single@later-lr={x}" for x in RATES}), "pretrain", "lr*", scores.PAPER),
     "tradeoff": tradeoff,
-    "evorec": lambda cfg, done: scores.mean_table(done(["pretrain", "single", "peso", "retrain", "evorec"]), "single",
-                                                  "method", costs=("validation CE", "touched", "seconds per stage")),
+    "evorec": lambda cfg, done: scores.mean_table(
+        done(["pretrain", "single", "peso", "retrain", "evorec"]), "single", "method",
+        [*scores.GROUPS, "U N@10", "- U N@10"], ("validation CE", "touched", "seconds per stage")),
 }
 
 

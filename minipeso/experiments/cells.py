@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,6 +34,11 @@ class Result(NamedTuple):
     own: dict[str, Tensor] = {}  # {stage: report.per_user of U_A, the stage's users}
     absent: dict[str, Tensor] = {}  # {stage: of U_I, earlier users who are not in it}
     premiums: dict[str, list[float]] = {}  # what adapting and remembering can earn: (mean, low, high)
+
+    @property
+    def both(self) -> dict[str, Tensor]:
+        """{stage: of U, both, one behind the other}."""
+        return {t: torch.cat([self.own[t], absent]) for t, absent in self.absent.items()}
 
 
 class Job(NamedTuple):

@@ -25,7 +25,7 @@ METRICS = {  # (whose of a Result, what the metrics take (n,) or (n, 10) -> a va
     "N@5": ("ranks", partial(gains, k=5)), "N@10": ("ranks", partial(gains, k=10)),
     FOUR: ("ranks", lambda r: (hits(r, 5) + hits(r, 10) + gains(r, 5) + gains(r, 10)) / 4),
     "U_A H@10": ("own", partial(hits, k=10)), "U_A N@10": ("own", partial(gains, k=10)),
-    "U_I N@10": ("absent", partial(gains, k=10))}
+    "U_I N@10": ("absent", partial(gains, k=10)), "U N@10": ("both", partial(gains, k=10))}
 GROUPS = [column for key in ("U_A H@10", "U_A N@10", "U_I N@10") for column in (key, f"- {key}")]
 PAPER = [FOUR, f"- {FOUR}", *GROUPS[:2], *GROUPS[4:]]  # what the paper averages, and who gains
 COSTS = {  # of a row's results and of the reference's, for the columns behind the metrics: (format, numbers)
