@@ -186,8 +186,7 @@ def test_alive_dry_run(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("base, total, width, bytes_", [
-    ("unsloth/Llama-3.2-1B", 1_235_814_400, 2048, 2_471_645_608),
+@pytest.mark.parametrize("base, total, width, bytes_", [("unsloth/Llama-3.2-1B", 1_235_814_400, 2048, 2_471_645_608),
     ("meta-llama/Llama-3.2-3B", 3_212_749_824, 3072, 4_965_799_096 + 1_459_729_952)])
 def test_official_shapes_are_known(base, total, width, bytes_, monkeypatch, tmp_path):
     """Parameters as on the model cards; the files are two bytes a parameter and headers under 64 KiB each."""

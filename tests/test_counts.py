@@ -65,8 +65,7 @@ def test_premiums_and_references_by_hand():
     """Means over D_2 .. D_T of what is hit more often; no such stage has test users: nothing, and said so."""
     run = run_of(0)
     target = {t: torch.tensor([e.target for e in run.questions(int(t))[0]]) for t in "123"}
-    ranks = {name: {t: ranks_of(found[:, :4], target[t]) for t, found in counts.learn(run, name).items()}
-             for name in counts.NAMES}
+    ranks = {x: {t: ranks_of(f[:, :4], target[t]) for t, f in counts.learn(run, x).items()} for x in counts.NAMES}
     found = report.premiums(ranks, {"1": 8, "2": 8, "3": 8})
     for what, other in (("adapting", "transitions-first"), ("remembering", "transitions-last")):
         gain = [sum((ranks["transitions"][t][i] > 0).item() - (ranks[other][t][i] > 0).item() for i in range(8)) / 8

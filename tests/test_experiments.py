@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from minipeso.runs.command import from_args
 from minipeso.runs.guard import guard
 from tests.micro import MICRO, flags, micro, run
 
+POOL = Path(__file__).parents[1] / "docs/pool.py"
 CELLS = ["single", "sumlora-all", "peso@lambda=1e6", "peso"]
 INFINITE = "peso@lambda=1e30"  # its gradient's norm overflows
 FLAGS = flags(**MICRO)
@@ -67,6 +69,8 @@ def test_a_cell_is_what_train_gives(table, tmp_path):
             results, ranks = report.load(tmp_path / f"{seed}" / cell.removeprefix("peso"))
             of = table[1][cell][seed]
             assert equal(ranks, of.ranks) and results["training"] == of.training and of.seconds > 0
+    pooled = runpy.run_path(POOL)["rows"](f"x={tmp_path / '0'},{tmp_path / '1'}", sampled=False)["x sumlora-all"]
+    assert all(equal(a.own, b.own) for a, b in zip(pooled, table[1]["sumlora-all"], strict=True))
 
 
 def test_cells_of_another_world_have_a_folder_of_their_own(tmp_path, monkeypatch):
@@ -77,8 +81,8 @@ def test_cells_of_another_world_have_a_folder_of_their_own(tmp_path, monkeypatch
         fill(cfg, ["--rank", "2"], [], 2, **kind)
     names = ["", "", "-0.9", "-0.9-user-disjoint"]
     assert [job.folder for job in asked] == [tmp_path / f"seed-{seed}{name}" for name in names for seed in (0, 1)]
-    assert asked[0].flags == ["--rank", "2", "--seed", "0"]
-    assert asked[5].flags == ["--rank", "2", "--world-alpha", "0.9", "--seed", "1"]
+    kinds = [], ["--world-alpha", "0.5"], ["--world-alpha", "0.9"]
+    assert [job.flags for job in asked[1:6:2]] == [["--rank", "2", *kind, "--seed", "1"] for kind in kinds]
     assert from_args(asked[7].flags).world_alpha == 0.9 and from_args(asked[7].flags).split == "user-disjoint"
 
 

@@ -296,8 +296,7 @@ def test_other_data_texts_or_weights_are_refused(whole, tmp_path, capsys):
     run(cfg)
     reopen(tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
-    for path, how, what in (
-            (world / "Demo.jsonl", lambda data: data[:data[:-600].rindex(b"\n")], "the data has"),
+    for path, how, what in ((world / "Demo.jsonl", lambda data: data[:data[:-600].rindex(b"\n")], "the data has"),
             (world / "meta_Demo.jsonl", lambda data: data.replace(b"no. 1", b"1"), "the items' texts or IDs have"),
             (base / "model.safetensors", flip, "the base's files have")):
         kept = path.read_bytes()

@@ -168,9 +168,9 @@ def test_interpolation_goes_from_one_adapter_to_the_next(runs, called, tmp_path)
     """w = 1 gives what the run ranked; w = 0 the stage's questions to the adapter before; what lies between is neither,
     and is what an l2 anchor of lambda = rho leaves. The first stage has nothing before it."""
     after, before = reopen(runs["reviews"]), reopen(runs["reviews"], 2)
-    shown = called(runs["reviews"], "--interpolate", "0,0.5,1").splitlines()[2:]
-    rows = {line.split("|")[1].strip(): [float(x) for x in line.split("|")[3:7]] for line in shown}
-    assert shown[1].split("|")[2].strip() == "1.00"
+    shown = [line.split("|") for line in called(runs["reviews"], "--interpolate", "0,0.5,1").splitlines()[2:]]
+    rows = {cells[1].strip(): [float(x) for x in cells[3:7]] for cells in shown}
+    assert float(shown[1][2]) == 1
     (asked, own), n = after.questions(3), len(after.stages[2].users)
     for w, model in (("0", before.model), ("1", after.model)):
         ranks = Ranker(after.ids, after.known, after.template, after.cfg.beams).ranks(model, asked, own)

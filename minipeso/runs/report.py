@@ -132,11 +132,11 @@ def side_by_side(folders: dict[str, Path]) -> tuple[dict[str, dict], dict[str, R
     return dict(zip(folders, results)), dict(zip(folders, own)), dict(zip(folders, away))
 
 
-def per_user(folder: Path, ranks: Ranks) -> tuple[Ranks, Ranks]:
+def per_user(folder: Path, ranks: Ranks, sampled: bool = False) -> tuple[Ranks, Ranks]:
     """What the metrics take, of the stages' users, U_A, and of users of earlier stages who are not in them, U_I:
-    p (users, 10) where the truth is known, else ranks (users,)."""
+    p (users, 10) where the truth is known, unless `sampled`, else ranks (users,)."""
     absent = {t: r for t, r in read_lists(folder / "absent.json").items() if len(r)}
-    if not (folder / "expected.json").is_file():
+    if sampled or not (folder / "expected.json").is_file():
         return ranks, absent
     p = read_lists(folder / "expected.json")
     return {t: p[t][:len(r)] for t, r in ranks.items()}, {t: p[t][len(ranks[t]):] for t in absent}
