@@ -10,6 +10,7 @@ import torch
 from minipeso import synthetic
 from minipeso.files.reviews import read_items, read_reviews
 from minipeso.stages import cut, statistics
+from minipeso.runs import report
 from minipeso.runs.run import Run
 from minipeso.synthetic import FIRST_DAY, STAGE_MS, write_world
 from tests.micro import micro, run, shared_ids
@@ -108,17 +109,16 @@ def test_what_the_demo_expects_of_every_method(tmp_path):
     world.load_data(False)
     for method in cfg.methods:
         folder, said, taken = world.folder(method), [], []
-        ranks, absent, expected = (json.loads((folder / f"{name}.json").read_text())
-                                   for name in ("ranks", "absent", "expected"))
-        for t, rows in expected.items():
+        own, away = report.per_user(folder, ranks := report.load(folder)[1])
+        for t, rows in json.loads((folder / "expected.json").read_text()).items():
             p, known = torch.tensor(rows, dtype=torch.double), world.known[int(t) - 1]
             truth = torch.stack([world.truth[e] for e in world.questions(int(t))[0]])
-            assert p.shape == (len(ranks[t] + absent.get(t, [])), 10) == (len(truth), 10)
-            assert 0 <= p.min() and p.max() <= 1 and p.sum(1).max() <= 1 + 1e-9
+            assert p.shape == (len(truth), 10) and 0 <= p.min() and p.sum(1).max() <= 1 + 1e-9
+            assert torch.equal(torch.cat([own[t], away.get(t, own[t][:0])]), torch.tensor(rows))
             best = truth[:, known].topk(10).values.sum(1)
             assert (p.sum(1) <= best + 1e-9).all() and (method != "oracle" or torch.allclose(p.sum(1), best))
             said += p.sum(1)[:len(ranks[t])].tolist()
-            taken += [0 < rank <= 10 for rank in ranks[t]]
+            taken += [0 < rank <= 10 for rank in ranks[t].tolist()]
         assert len(taken) > 400 and abs(np.mean(said) - np.mean(taken)) < 5 * np.std(taken) / len(taken)**0.5, method
     printed = run(micro(tmp_path, dataset=str(shared_ids(tmp_path / "blocks")), compare="popularity"))
     assert "expected" not in printed and not [*tmp_path.rglob("expected.json")]
