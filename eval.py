@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 from minipeso.config import UsageError, changed
 from minipeso.files.export import export_merged, export_peft, whole
 from minipeso.files.release import write_release
-from minipeso.lora import adapter_parameters
 from minipeso.metrics import hit_at, ndcg_at
 from minipeso.runs import checkpoints, report
 from minipeso.runs.guard import guard
@@ -108,19 +107,19 @@ def interpolate(folder: Path, stage: int, weights: str) -> list[list[str]]:
     run = reopen(folder, stage)
     try:
         tried = [float(w) for w in weights.split(",")]
-        before = adapter_parameters(reopen(folder, run.stage - 1).model)
-        pairs = [(p, p.clone(), old) for p, old in zip(adapter_parameters(run.model), before, strict=True)
-                 if p.shape == old.shape]
+        before = dict(reopen(folder, run.stage - 1).model.named_parameters())
+        same = {name: p for name, p in run.model.named_parameters() if name in before and p.shape == before[name].shape}
+        moved = [(p, p.clone(), before[name]) for name, p in same.items() if not torch.equal(p, before[name])]
     except ValueError as error:
         raise UsageError(f"--interpolate needs numbers\nfound {weights!r}: {error}\nwrite 0,0.5,1") from error
-    if run.stage == 1 or len(pairs) < len(adapter_parameters(run.model)):
+    if run.stage == 1 or len(same) < len([*run.model.parameters()]) or not moved:
         raise UsageError(f"nothing to interpolate between\nD{run.stage} of {run.cfg.method} goes on from no adapter of "
                          "the same rank\nchoose a later --stage of single or peso")
     (asked, own), n = run.questions(run.stage), len(run.stages[run.stage - 1].users)
     kind = ", expected" if run.truth else ""
     table = [[f"D{run.stage}{kind}, w", "lambda / rho", "U_A Hit@10", "U_A NDCG@10", "U_I Hit@10", "U_I NDCG@10"]]
     for w in tried:
-        for p, new, old in pairs:
+        for p, new, old in moved:
             p.copy_(old + w * (new - old))
         found = run.ranker(run.stage).found(run.model, asked, own)[:, :10]
         of = run.expected(run.stage, found) if run.truth else run.ranks({str(run.stage): found})[str(run.stage)]

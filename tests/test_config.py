@@ -148,12 +148,12 @@ def test_alive_resume(tmp_path):
 
 
 def test_later_sources_win(monkeypatch):
-    """defaults < recipe < base < dataset < flags, whatever field they meet in."""
-    monkeypatch.setitem(config.RECIPES, "release", dict(window=1, rank=1, latent=1, levels=1))
-    monkeypatch.setitem(config.BASES, "tiny", dict(window=2, rank=2, latent=2))
+    """defaults < recipe < base < dataset < flags, whatever field they meet in; what is trained, a recipe says last."""
+    monkeypatch.setitem(config.RECIPES, "release", dict(window=1, rank=1, latent=1, levels=1, later_trains="tables"))
+    monkeypatch.setitem(config.BASES, "tiny", dict(window=2, rank=2, latent=2, later_trains="rows"))
     monkeypatch.setitem(config.DATASETS, "movies", dict(base="tiny", window=3, rank=3))
     cfg = resolve({"recipe": "release", "dataset": "movies", "window": 4})
-    assert (cfg.window, cfg.rank, cfg.latent, cfg.levels) == (4, 3, 2, 1)
+    assert (cfg.window, cfg.rank, cfg.latent, cfg.levels, cfg.later_trains) == (4, 3, 2, 1, "tables")
     assert (cfg.batch, cfg.base) == (Config.batch, "tiny"), "a dataset brings its base; the rest is default"
     cfg = resolve({"recipe": "release", "dataset": "movies", "base": "DIR"})
     assert (cfg.window, cfg.latent, cfg.base) == (3, 1, "DIR"), "a flag's base replaces the dataset's, presets and all"

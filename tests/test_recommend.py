@@ -35,7 +35,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         text = path.read_text(encoding="utf-8").replace('"title": "', f'"title": "{JAPANESE} ')
         path.write_text(text, encoding="utf-8")
     for name, data in (("reviews", made / "world"), ("blocks", shared_ids(made / "shared"))):
-        run(micro(made / name, dataset=str(data)))
+        run(micro(made / name, dataset=str(data), later_trains="rows"))
     return {name: made / name for name in ("reviews", "blocks")}
 
 
@@ -165,8 +165,8 @@ def test_eval_exports(runs, tmp_path, called):
 
 
 def test_interpolation_goes_from_one_adapter_to_the_next(runs, called, tmp_path):
-    """w = 1 gives what the run ranked; w = 0 the stage's questions to the adapter before; what lies between is neither,
-    and is what an l2 anchor of lambda = rho leaves. The first stage has nothing before it."""
+    """w = 1 gives what the run ranked; w = 0 the stage's questions to the adapter before; what lies between is neither
+    (rows too), and is what an l2 anchor of lambda = rho leaves. The first stage has nothing before it."""
     after, before = reopen(runs["reviews"]), reopen(runs["reviews"], 2)
     shown = [line.split("|") for line in called(runs["reviews"], "--interpolate", "0,0.5,1").splitlines()[2:]]
     rows = {cells[1].strip(): [float(x) for x in cells[3:7]] for cells in shown}
