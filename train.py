@@ -85,7 +85,7 @@ def learn_later(run: Run, name: str, method, cfg: Config) -> None:
         if data[0]:  # somebody has something to learn from
             method.begin(model, run.stages[:t], run.template, cfg)  # layers of the method's own kind
             advance(model, torch.Generator().manual_seed(cfg.seed * 1009 + t))  # v_{t-1} <- v_t: the anchor moves up
-            choose_trainable(model, cfg.later_trains)  # LoRA alone (Assumption 1)
+            choose_trainable(model, cfg.later_trains)  # LoRA alone (Assumption 1); tiny: the new rows too
             if isinstance(cfg.lam, tuple) and cfg.proximal != "none":
                 choose_lambda(run, name, data, t, cfg)
             else:
