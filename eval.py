@@ -102,8 +102,9 @@ def recommend_all(run, path: Path) -> int:
 @torch.no_grad()
 def interpolate(folder: Path, stage: int, weights: str) -> list[list[str]]:
     """The trade-off after the fact: metrics at v_(t-1) + w (v_t - v_(t-1)), t the stage (or the last), untrained; of
-    the stage's users, U_A, and of absent ones, U_I. w = 0 is the anchor, 1 the stage's adapter. By Corollary 2 an
-    l2 anchor leaves w = rho / (rho + lambda) where the loss has curvature rho: lambda / rho is told."""
+    the stage's users, U_A, and of absent ones, U_I. w = 0 is the anchor, 1 the stage's adapter; token tables that were
+    trained go the same way. By Corollary 2 an l2 anchor leaves w = rho / (rho + lambda) where the loss has
+    curvature rho: lambda / rho is told."""
     run = reopen(folder, stage)
     try:
         tried = [float(w) for w in weights.split(",")]
@@ -112,7 +113,7 @@ def interpolate(folder: Path, stage: int, weights: str) -> list[list[str]]:
         moved = [(p, p.clone(), before[name]) for name, p in same.items() if not torch.equal(p, before[name])]
     except ValueError as error:
         raise UsageError(f"--interpolate needs numbers\nfound {weights!r}: {error}\nwrite 0,0.5,1") from error
-    if run.stage == 1 or len(same) < len([*run.model.parameters()]) or not moved:
+    if run.stage == 1 or len(same) < len([*run.model.parameters()]):
         raise UsageError(f"nothing to interpolate between\nD{run.stage} of {run.cfg.method} goes on from no adapter of "
                          "the same rank\nchoose a later --stage of single or peso")
     (asked, own), n = run.questions(run.stage), len(run.stages[run.stage - 1].users)

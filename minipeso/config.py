@@ -1,6 +1,6 @@
 """Every number that can change a result, with its source. Each is a flag of the command line (runs/command.py).
 
-    defaults  <  --recipe  <  --base  <  --dataset  <  flags        (later ones win)
+    defaults  <  --recipe  <  --base  <  --dataset  <  flags        (later ones win; --recipe over --base in *_trains)
 
 The mathematics takes plain numbers: only what trains, evaluates or loads sees a Config."""
 import dataclasses
