@@ -29,7 +29,7 @@ def stage_data(stages: Sequence[Stage], template: Template, window: int) -> Data
 
 def choose_trainable(model: Llama, what: str) -> None:
     """The adapter learns, and besides: "adapter" nothing, "rows" the new tokens' vectors, "tables" embedding and head
-    apart. Paper: LoRA alone from D_2 on (Assumption 1). Release: "tables" at every stage, without a penalty."""
+    apart. From D_2 on: Paper: LoRA alone (Assumption 1). Release: "tables", no penalty. Here: paper; tiny: "rows"."""
     model.requires_grad_(False)
     for _, layer in adapters(model):
         for p in layer.trained():
